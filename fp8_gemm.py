@@ -1,0 +1,670 @@
+"""FP8 matrix products: y = (a * a_scale) @ (b * b_scale) + bias, operands in float8_e4m3fn with float32 scales.
+
+Shapes: a (M, K), b (K, N), y (M, N). b is best the transposed view of a weight (N, K), as in nn.Linear: fp8 tensor cores
+want both operands with K innermost, and a row-major b is transposed into a temporary first.
+Scales, told apart by their shapes:
+    tensor / row    y[m, n] = a_scale[m] * b_scale[n] * sum_k a[m, k] * b[k, n] + bias[n], each scale one number or one a row / column
+    block           y[m, n] = sum_g a_scale[m, g] * b_scale[g, n // 128] * sum_{k in g} a[m, k] * b[k, n] + bias[n], g = 128 values of k
+Few rows are bound by the bytes of b (K*N: half of 16 bits), many by 2*M*N*K operations at twice the rate of 16 bits.
+Numerics: Hopper's tensor cores keep some 14 bits when they add fp8 products up. fast_accum=True leaves the whole sum over K to
+    them; False, and block scales always, add sums of 128 products (at most) up in float32. Scales and bias in float32, one
+    rounding at the end. Quantisers: scale = amax / 448, the quotient rounded to nearest even.
+
+Sources: https://arxiv.org/abs/2209.05433 (the format), https://arxiv.org/abs/2412.19437 (block scales, promoted sums)
+"""
+
+import functools
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no Triton on this platform: the twins serve every call
+    triton = None
+
+# Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+
+
+def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """Scales of blocks of 128, repeated along the last two dimensions until they broadcast to shape."""
+    for d in range(-min(scale.ndim, 2), 0):
+        if scale.shape[d] not in (1, shape[d]):
+            scale = scale.repeat_interleave(128, d).narrow(d, 0, shape[d])
+    return scale
+
+
+def quantize_fp8_torch(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
+    """Twin of quantize_fp8."""
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    finite = x.isfinite()
+    magnitude = torch.where(finite, x.abs(), 0.0)
+    if granularity in ("block", "block2d"):
+        rows = 128 if granularity == "block2d" else 1
+        if x.numel():
+            pooled = F.max_pool2d(magnitude.reshape(1, -1, x.shape[-1]), (rows, 128), ceil_mode=True)[0]
+        else:
+            pooled = x.new_zeros(-(-x.shape[:-1].numel() // rows), -(-x.shape[-1] // 128))
+        amax = pooled.t().contiguous().t()  # a column of blocks is contiguous, as torch._scaled_mm wants it
+        amax = amax.unflatten(0, x.shape[:-1]) if x.ndim != 2 else amax
+    elif granularity == "row":
+        amax = magnitude.amax(-1, keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-1], 1)
+    else:
+        amax = magnitude.amax() if x.numel() else x.new_zeros(())
+    scale = amax / _FP8_MAX
+    scale = torch.where(scale == 0, 1.0, scale).float()
+    q = torch.where(finite, (x / _spread(scale, x.shape)).clamp(-_FP8_MAX, _FP8_MAX), torch.nan)
+    return q.to(_FP8).contiguous(), scale
+
+
+def fp8_gemm_torch(
+    a: Tensor, b: Tensor, a_scale: Tensor | None = None, b_scale: Tensor | None = None,
+    output_dtype: torch.dtype = torch.float16, bias: Tensor | None = None, *, fast_accum: bool = True,
+) -> Tensor:  # fmt: skip
+    """Twin of fp8_gemm."""
+    blocks = _has_blocks(a, b, a_scale, b_scale)
+    if a_scale is None:
+        a, a_scale = quantize_fp8_torch(a, "block" if blocks else "row")
+    if b_scale is None:
+        b, b_scale = (t.t() for t in quantize_fp8_torch(b.t(), "block2d" if blocks else "row"))
+    wide = torch.float64 if output_dtype == torch.float64 else torch.float32
+    if blocks:
+        y = dequantize_fp8(a, a_scale, wide) @ dequantize_fp8(b, b_scale, wide)
+    else:
+        y = (a.to(wide) @ b.to(wide)) * a_scale.to(wide) * b_scale.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(output_dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _finite_bits(x):
+        """The bits of the magnitude, which order as the floats do; 0 for NaN and Inf."""
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return tl.where(bits < 0x7F800000, bits, 0)
+
+    @triton.jit
+    def _scale_of(bits):
+        scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 448.0)
+        return tl.where(scale == 0.0, 1.0, scale)
+
+    @triton.jit
+    def _to_fp8(x, scale):
+        q = tl.minimum(tl.maximum(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), -448.0), 448.0)
+        finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+        return tl.where(finite, q, float("nan")).to(tl.float8e4nv)
+
+    @triton.jit(do_not_specialize=["M"])
+    def _quantize_rows_kernel(
+        x_ptr, q_ptr, scale_ptr, stride_xm, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    ):
+        rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :]
+        q_ptrs = q_ptr + rows[:, None] * K + cols[None, :]
+        mask = (rows[:, None] < M) & (cols[None, :] < K)
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        bits = tl.max(_finite_bits(x), 1)
+        for k in range(BLOCK_K, K, BLOCK_K):  # rows longer than a block: read twice, the second time mostly from L2
+            mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
+            bits = tl.maximum(bits, tl.max(_finite_bits(tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)), 1))
+        scale = _scale_of(bits)
+        tl.store(scale_ptr + rows, scale, mask=rows < M)
+        tl.store(q_ptrs, _to_fp8(x, scale[:, None]), mask=mask)
+        for k in range(BLOCK_K, K, BLOCK_K):
+            mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
+            x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
+            tl.store(q_ptrs + k, _to_fp8(x, scale[:, None]), mask=mask_k)
+
+    @triton.jit(do_not_specialize=["M"])
+    def _quantize_blocks_kernel(
+        x_ptr, q_ptr, scale_ptr, stride_xm, stride_sm, stride_sk, M, K, SQUARE: tl.constexpr, BLOCK_M: tl.constexpr
+    ):
+        """One tile of BLOCK_M x 128: a scale for each of its rows, or one for all (SQUARE, BLOCK_M 128)."""
+        blocks = tl.cdiv(K, 128)
+        block_m, block_k = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
+        rows, cols = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_k * 128 + tl.arange(0, 128)
+        mask = (rows[:, None] < M) & (cols[None, :] < K)
+        x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        bits = tl.max(_finite_bits(x), 1)
+        if SQUARE:
+            scale = _scale_of(tl.max(bits, 0))
+            tl.store(scale_ptr + block_m * stride_sm + block_k * stride_sk, scale)
+            tl.store(q_ptr + rows[:, None] * K + cols[None, :], _to_fp8(x, scale), mask=mask)
+        else:
+            scale = _scale_of(bits)
+            tl.store(scale_ptr + rows * stride_sm + block_k * stride_sk, scale, mask=rows < M)
+            tl.store(q_ptr + rows[:, None] * K + cols[None, :], _to_fp8(x, scale[:, None]), mask=mask)
+
+    @triton.jit
+    def _amax_kernel(x_ptr, bits_ptr, numel, BLOCK: tl.constexpr):
+        bits = tl.zeros((BLOCK,), tl.int32)
+        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        for _ in range(tl.cdiv(numel, BLOCK * tl.num_programs(0))):
+            x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
+            bits = tl.maximum(bits, _finite_bits(x))
+            offs += BLOCK * tl.num_programs(0)
+        tl.store(bits_ptr + tl.program_id(0), tl.max(bits, 0))
+
+    @triton.jit
+    def _quantize_tensor_kernel(x_ptr, q_ptr, bits_ptr, scale_ptr, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+        scale = _scale_of(tl.max(tl.load(bits_ptr + tl.arange(0, PARTS)), 0))
+        tl.store(scale_ptr, scale, mask=tl.program_id(0) == 0)
+        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
+        tl.store(q_ptr + offs, _to_fp8(x, scale), mask=offs < numel)
+
+    @triton.jit
+    def _widen(q):
+        """fp8 to float16 by bits, exact: sign and exponent shifted into place, and 2^8 for the difference of the biases."""
+        q = q.to(tl.int16)
+        bits = tl.where((q & 0x7F) == 0x7F, 0x7E00, ((q & 0x80) << 8) | ((q & 0x7F) << 7))
+        return bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+
+    @triton.jit(do_not_specialize=["M"])
+    def _gemm_kernel(
+        a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, stride_am, stride_wn,
+        stride_asm, stride_ask, stride_wsn, stride_wsk,
+        BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, IEEE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """One tile of y, held transposed: the weight's rows fill the 64 rows that a tensor core takes, however few a has."""
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
+        # rows past the end wrap around: whole vectors are loaded without a mask and dropped at the store
+        w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+        a_ptrs = a_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_am + offs_k[:, None]
+        a_scale_ptrs = a_scale_ptr + (offs_m % M).to(tl.int64) * stride_asm
+        w_scale_ptrs = w_scale_ptr + (offs_n % N // (128 if BLOCKS else 1)).to(tl.int64) * stride_wsn
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if EVEN_K:
+                w, a = tl.load(w_ptrs + k), tl.load(a_ptrs + k)
+            else:
+                w = tl.load(w_ptrs + k, mask=offs_k[None, :] < K - k, other=0.0)
+                a = tl.load(a_ptrs + k, mask=offs_k[:, None] < K - k, other=0.0)
+            if w_ptr.dtype.element_ty == tl.uint8:  # no fp8 tensor cores
+                w, a = _widen(w), _widen(a)
+            if IEEE:  # nor 16-bit ones that Triton serves (sm_75)
+                acc_k = tl.dot(w.to(tl.float32), a.to(tl.float32), input_precision="ieee")
+            elif PROMOTE:
+                acc_k = tl.dot(w, a)
+            else:
+                acc = tl.dot(w, a, acc)
+            if BLOCKS:
+                a_scale, w_scale = tl.load(a_scale_ptrs + k // 128 * stride_ask), tl.load(w_scale_ptrs + k // 128 * stride_wsk)
+                acc += acc_k * (w_scale[:, None] * a_scale[None, :])
+            elif PROMOTE or IEEE:
+                acc += acc_k
+        if not BLOCKS:
+            acc = acc * tl.load(a_scale_ptrs)[None, :] * tl.load(w_scale_ptrs)[:, None]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
+
+    @triton.jit
+    def _store_tile(
+        acc, m, n, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, stride_asm, stride_wsn,
+        BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ):  # fmt: skip
+        offs_m, offs_n = m + tl.arange(0, acc.shape[0]), n + tl.arange(0, acc.shape[1])
+        if not BLOCKS:
+            a_scale = tl.load(a_scale_ptr + offs_m * stride_asm, mask=offs_m < M)
+            w_scale = tl.load(w_scale_ptr + offs_n * stride_wsn, mask=offs_n < N)
+            acc = acc * a_scale[:, None] * w_scale[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[None, :]
+        # stored in two halves: half the shared memory, which goes to one more stage of loads
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
+        y_desc.store([m, n], left.to(y_desc.dtype))
+        y_desc.store([m, n + HALF], right.to(y_desc.dtype))
+
+    @triton.jit(do_not_specialize=["M"])
+    def _gemm_tma_kernel(
+        a_desc, w_desc, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K,
+        stride_asm, stride_ask, stride_wsn, stride_wsk,
+        BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, HAS_BIAS: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """Aligned operands: a fixed number of programs walks over the tiles of y.
+
+        Promoting needs a second set of sums. The tile goes in two halves of rows then, so that the set is only half a tile:
+        128 + 64 registers a thread, and one half is added up while the tensor cores are at the other.
+        """
+        GROUP_M: tl.constexpr = 8  # tiles go down 8 rows of tiles before the next column: a and w are re-read from L2
+        ROWS: tl.constexpr = BLOCK_M // 2 if PROMOTE else BLOCK_M
+        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+            first_m = tile // (GROUP_M * tiles_n) * GROUP_M
+            group_m = min(tiles_m - first_m, GROUP_M)
+            m = (first_m + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M
+            n = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N
+            acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
+            low = tl.zeros((ROWS, BLOCK_N), tl.float32)
+            for k in range(0, K, BLOCK_K):
+                if BLOCKS:  # BLOCK_N divides 128: one scale of w serves the tile
+                    offs_m = m + tl.arange(0, ROWS)
+                    w_scale = tl.load(w_scale_ptr + n // 128 * stride_wsn + k // 128 * stride_wsk)
+                    a_scale_ptrs = a_scale_ptr + offs_m * stride_asm + k // 128 * stride_ask
+                    scale = tl.load(a_scale_ptrs, mask=offs_m < M) * w_scale
+                    scale_low = tl.load(a_scale_ptrs + ROWS * stride_asm, mask=offs_m < M - ROWS) * w_scale
+                w = w_desc.load([n, k]).T
+                a = a_desc.load([m, k])
+                if PROMOTE:
+                    a_low = a_desc.load([m + ROWS, k])
+                if BLOCKS:
+                    acc += tl.dot(a, w) * scale[:, None]
+                    low += tl.dot(a_low, w) * scale_low[:, None]
+                elif PROMOTE:
+                    acc += tl.dot(a, w)
+                    low += tl.dot(a_low, w)
+                else:
+                    acc = tl.dot(a, w, acc)
+            _store_tile(
+                acc, m, n, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, stride_asm, stride_wsn, BLOCKS, HAS_BIAS
+            )
+            if PROMOTE:
+                _store_tile(
+                    low, m + ROWS, n, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, stride_asm, stride_wsn, BLOCKS, HAS_BIAS
+                )
+
+
+def _kernel_serves(*tensors) -> bool:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
+    if triton is None:
+        return False
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def _properties(index: int) -> tuple[tuple[int, int], int]:
+    return torch.cuda.get_device_capability(index), torch.cuda.get_device_properties(index).multi_processor_count
+
+
+_properties_cached = functools.cache(_properties)
+
+
+def _gpu(t: Tensor) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of SMs; (0, 0) where Triton has no e4m3 tensor cores for us (the interpreter, AMD)."""
+    if not t.is_cuda or torch.version.hip is not None:
+        return (0, 0), 0
+    return (_properties if torch.compiler.is_compiling() else _properties_cached)(t.get_device())
+
+
+def quantize_fp8(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
+    """x / scale in float8_e4m3fn, scale = amax / 448 in float32 (1 for an all-zero slice): x is nearly fp8 * scale.
+
+    Args:
+        x: (..., K), fp32/fp16/bf16. granularity: one scale for "tensor"; each "row" of K; each "block" of 128 values of a
+            row; each "block2d" of 128 x 128 (x two-dimensional).
+    Returns:
+        fp8 of x's shape, and the scale: (); (..., 1); (..., ceil(K/128)), its rows innermost in memory, as torch._scaled_mm
+        has them; (ceil(M/128), ceil(K/128)). No gradient. amax is over finite values; NaN and Inf (which the format
+        lacks) become NaN, alone.
+    Raises:
+        ValueError, TypeError.
+    """
+    if not x.is_floating_point() or x.element_size() == 1:
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if granularity not in ("tensor", "row", "block", "block2d"):
+        raise ValueError(f'granularity must be "tensor", "row", "block" or "block2d", got {granularity!r}')
+    if x.ndim == 0 and granularity != "tensor" or x.ndim != 2 and granularity == "block2d":
+        raise ValueError(f"x must have shape {'(M, K)' if granularity == 'block2d' else '(..., K)'}, got {tuple(x.shape)}")
+    # the interpreter rounds to fp8 wrongly; below compute capability 8.9 there is no e4m3 to store
+    if not x.numel() or not _kernel_serves(x) or _INTERPRET or _gpu(x)[0] < (8, 9):
+        return quantize_fp8_torch(x, granularity)
+    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
+            return quantize_fp8(x, granularity)
+    return _quantize_fp8_triton(x.detach(), granularity)
+
+
+def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    K = x.shape[-1] if x.ndim else 1
+    if granularity == "tensor":
+        x, numel = x.contiguous(), x.numel()
+        q, scale = torch.empty(x.shape, dtype=_FP8, device=x.device), torch.empty((), dtype=torch.float32, device=x.device)
+        parts = min(triton.next_power_of_2(triton.cdiv(numel, 8192)), 1024)
+        bits = torch.empty(parts, dtype=torch.int32, device=x.device)
+        _amax_kernel[(parts,)](x, bits, numel, 4096, num_warps=8)
+        _quantize_tensor_kernel[(triton.cdiv(numel, 8192),)](x, q, bits, scale, numel, parts, 8192, num_warps=8)
+        return q, scale
+    rows = x.reshape(-1, K)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    M = rows.shape[0]
+    q = torch.empty(x.shape, dtype=_FP8, device=x.device)
+    if granularity == "row":
+        scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+        block_k = min(triton.next_power_of_2(K), 16384)
+        block_m = max(1, 2048 // block_k)
+        warps = min(max(block_k * block_m // 512, 1), 16)
+        _quantize_rows_kernel[(triton.cdiv(M, block_m),)](
+            rows, q, scale, rows.stride(0), M, K, block_m, block_k, num_warps=warps
+        )
+        return q, scale
+    blocks, square = triton.cdiv(K, 128), granularity == "block2d"
+    block_m = 128 if square else 32
+    scale = torch.empty(blocks, triton.cdiv(M, 128) if square else M, dtype=torch.float32, device=x.device).t()
+    _quantize_blocks_kernel[(triton.cdiv(M, block_m) * blocks,)](
+        rows, q, scale, rows.stride(0), *scale.stride(), M, K, square, block_m, num_warps=8 if square else 4
+    )
+    return q, scale.unflatten(0, x.shape[:-1]) if x.ndim != 2 else scale
+
+
+def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """x_fp8 * scale in float32, rounded to dtype once. Each dimension of scale is 1, as long as x_fp8's, or a 128th of it."""
+    if x_fp8.dtype != _FP8:
+        raise TypeError(f"x_fp8 must be float8_e4m3fn, got {x_fp8.dtype}")
+    if not scale.is_floating_point() or not dtype.is_floating_point:
+        raise TypeError(f"scale and dtype must be floating point, got {scale.dtype} and {dtype}")
+    if x_fp8.device != scale.device:
+        raise ValueError(f"scale must be on {x_fp8.device}, got {scale.device}")
+    if scale.ndim > x_fp8.ndim:
+        raise ValueError(f"scale must have at most {x_fp8.ndim} dimensions, got {tuple(scale.shape)}")
+    for d, s in zip(range(-scale.ndim, 0), scale.shape):
+        n = x_fp8.shape[d]
+        if s not in (1, n) and (s != -(-n // 128) or d < -2):
+            raise ValueError(f"scale must fit {tuple(x_fp8.shape)} or its blocks of 128, got {tuple(scale.shape)}")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (x_fp8.to(wide) * _spread(scale, x_fp8.shape).to(wide)).to(dtype)
+
+
+def _has_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None) -> bool:
+    """Whether the scales are blocks'. None, the scale of an operand to be quantised, goes with any."""
+    (M, K), N = a.shape, b.shape[1]
+    k, n = -(-K // 128), -(-N // 128)
+    if (a_scale is None or a_scale.numel() == 1 or a_scale.shape == (M, 1)) and (
+        b_scale is None or b_scale.numel() == 1 or b_scale.shape == (1, N)
+    ):
+        return False
+    if (a_scale is None or a_scale.shape == (M, k)) and (b_scale is None or b_scale.shape == (k, n)):
+        return True
+    got = " and ".join("None" if s is None else str(tuple(s.shape)) for s in (a_scale, b_scale))
+    raise ValueError(
+        f"a_scale and b_scale must each have one element or shapes {(M, 1)} and {(1, N)}; or, for blocks, both {(M, k)} and "
+        f"{(k, n)}; got {got}"
+    )
+
+
+def _aligned(t: Tensor) -> bool:  # what a TMA descriptor asks; a traced tensor has no address, but its storage is aligned
+    start = t.storage_offset() * t.element_size() if torch.compiler.is_compiling() else t.data_ptr()
+    return start % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+
+
+def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, widen=None) -> Tensor:
+    """a (M, K) and w (N, K) in fp8, none empty, on the current device. widen: the route of GPUs without fp8 tensor cores."""
+    (M, K), N = a.shape, w.shape[0]
+    y = torch.empty(M, N, dtype=dtype, device=a.device)
+    a, w = a if a.stride(1) == 1 else a.contiguous(), w if w.stride(1) == 1 else w.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    capability, sms = _gpu(a)
+    widen = capability < (8, 9) if widen is None else widen
+    strides = (  # a single scale is read by every row: stride 0
+        0 if a_scale.numel() == 1 else a_scale.stride(0), a_scale.stride(1) if blocks else 0,
+        0 if b_scale.numel() == 1 else b_scale.stride(1), b_scale.stride(0) if blocks else 0,
+    )  # fmt: skip
+    promote, has_bias = blocks or not fast_accum, bias is not None
+    if capability[0] == 9 and M > 64 and not widen and _aligned(a) and _aligned(w) and _aligned(y):
+        _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
+        return y
+    if widen:
+        a, w = a.view(torch.uint8), w.view(torch.uint8)
+    ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
+    if ieee:
+        block_m, block_n, block_k, warps, stages = 32 if M > 16 else 16, 64, 128 if blocks else 32, 4, 2
+    elif M <= 64:  # what counts is bytes in flight: some 6 stages of 8 kB for each of at most 3 programs an SM
+        block_m, block_n, block_k, warps, stages = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4, 3 if widen else 6
+        if not (widen or promote) and N <= 64 * sms:
+            block_k = 256
+    else:
+        block_m, block_n, block_k, warps, stages = (64, 128, 128, 8, 2) if blocks else (128, 128, 64, 8, 3)
+    _gemm_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+        a, w, a_scale, b_scale, bias, y, M, N, K, a.stride(0), w.stride(0), *strides,
+        blocks, promote, ieee, has_bias, K % block_k == 0, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, tile=None) -> None:
+    """The persistent kernel. tile: BLOCK_M, BLOCK_N, warps, stages, programs an SM."""
+    M, N, K = a.shape[0], w.shape[0], a.shape[1]
+    if tile is None:  # the largest tile that gives work to most SMs
+        if promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
+            tiles = (128, 128, 4, 3, 2), (128, 64, 4, 4, 2)
+        else:
+            tiles = (128, 256, 8, 3 if y.element_size() == 4 else 4, 1), (128, 128, 4, 3, 2), (64, 128, 4, 4, 2)
+        filled = [t for t in tiles if triton.cdiv(M, t[0]) * triton.cdiv(N, t[1]) >= 0.8 * sms]
+        tile = filled[0] if filled else tiles[-1]
+    block_m, block_n, warps, stages, per_sm = tile
+    rows = block_m // 2 if promote else block_m
+    programs = min(per_sm * sms, triton.cdiv(M, block_m) * triton.cdiv(N, block_n))
+    # with scales, a multiply-add instead of a multiplication and an addition costs registers, and the loop spills 80 bytes
+    options = {} if torch.compiler.is_compiling() else {"enable_fp_fusion": not blocks}
+    _gemm_tma_kernel[(programs,)](
+        TensorDescriptor.from_tensor(a, [rows, 128]),
+        TensorDescriptor.from_tensor(w, [block_n, 128]),
+        TensorDescriptor.from_tensor(y, [rows, block_n // 2]),
+        a_scale, b_scale, bias, M, N, K, *strides, blocks, promote, bias is not None, block_m, block_n, 128,
+        num_warps=warps, num_stages=stages, **options,
+    )  # fmt: skip
+
+
+def _product(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) -> Tensor:
+    """fp8_gemm of checked fp8 operands; dtype may be float64 too."""
+    if not a.numel() or not b.numel() or dtype == torch.float64 or not _kernel_serves(a, b, a_scale, b_scale, bias):
+        return fp8_gemm_torch(a, b, a_scale, b_scale, dtype, bias, fast_accum=fast_accum)
+    if a.is_cuda and not torch.compiler.is_compiling() and a.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(a.device):  # Triton launches on the current device, not on a's
+            return _product(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks)
+    return _fp8_gemm_triton(a, b.t(), a_scale, b_scale, dtype, bias, fast_accum, blocks)
+
+
+def fp8_gemm(
+    a: Tensor, b: Tensor, a_scale: Tensor | None = None, b_scale: Tensor | None = None,
+    output_dtype: torch.dtype = torch.float16, bias: Tensor | None = None, *, fast_accum: bool = True,
+) -> Tensor:  # fmt: skip
+    """(a * a_scale) @ (b * b_scale) + bias, in output_dtype.
+
+    Args:
+        a: (M, K). b: (K, N), fastest as the transposed view of a weight (N, K). Each float8_e4m3fn with its scale, or
+            float without: quantised by row (b: by column), or by block where the other operand's scale is a block's.
+        a_scale, b_scale: float32, one number each or (M, 1) and (1, N); or blocks, (M, ceil(K/128)) and
+            (ceil(K/128), ceil(N/128)).
+        output_dtype: float16, bfloat16 or float32. bias: (N,) float or None.
+        fast_accum: False: sums of 128 products at most are left to the tensor cores' short accumulators.
+    Returns:
+        (M, N). Not differentiable: FP8Linear is.
+    Raises:
+        ValueError, TypeError.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"a and b must have shapes (M, K) and (K, N), got {tuple(a.shape)} and {tuple(b.shape)}")
+    for name, t, scale in (("a", a, a_scale), ("b", b, b_scale)):
+        if t.dtype != _FP8 and (not t.is_floating_point() or t.element_size() == 1):
+            raise TypeError(f"{name} must be float8_e4m3fn, or float32, float16 or bfloat16, got {t.dtype}")
+        if (t.dtype == _FP8) != (scale is not None):
+            takes = "needs its scale, got None" if scale is None else f"must be None: {name} is {t.dtype} and is quantised here"
+            raise ValueError(f"{name}_scale {takes}")
+        if scale is not None and scale.dtype != torch.float32:
+            raise TypeError(f"{name}_scale must be float32, got {scale.dtype}")
+    if output_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"output_dtype must be float16, bfloat16 or float32, got {output_dtype}")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    if bias is not None and bias.shape != (b.shape[1],):
+        raise ValueError(f"bias must have shape {(b.shape[1],)}, got {tuple(bias.shape)}")
+    for name, t in (("b", b), ("a_scale", a_scale), ("b_scale", b_scale), ("bias", bias)):
+        if t is not None and t.device != a.device:
+            raise ValueError(f"{name} must be on a's device {a.device}, got {t.device}")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, a_scale, b_scale, bias)):
+        raise ValueError("fp8_gemm is not differentiable, got an input that requires a gradient: use FP8Linear, or no_grad")
+    blocks = _has_blocks(a, b, a_scale, b_scale)
+    if a_scale is None:
+        a, a_scale = quantize_fp8(a, "block" if blocks else "row")
+    if b_scale is None:
+        b, b_scale = (t.t() for t in quantize_fp8(b.t(), "block2d" if blocks else "row"))
+    return _product(a, b, a_scale, b_scale, output_dtype, bias, fast_accum, blocks)
+
+
+class _FP8Linear(torch.autograd.Function):
+    """x (M, K), the fp8 weight (N, K) with its scale, and the master weight, or None where there is none."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_fp8, weight_scale, granularity):
+        kept = (weight_fp8, weight_scale) if weight is None else (weight, None)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, *kept)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _linear(x, weight_fp8, weight_scale, bias, granularity)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ (weight.to(grad.dtype) if scale is None else dequantize_fp8(weight, scale, grad.dtype))
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.t() @ x).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _linear(x, weight_fp8, weight_scale, bias, granularity) -> Tensor:
+    xq, x_scale = quantize_fp8(x, granularity)
+    return _product(xq, weight_fp8.t(), x_scale, weight_scale.t(), x.dtype, bias, True, granularity == "block")
+
+
+class FP8Linear(nn.Module):
+    """nn.Linear whose product runs in fp8: x and weight are quantised, sums are float32, gradients are PyTorch's own
+    products with the master weight, in x's dtype.
+
+    granularity: "tensor" and "row": one scale for all, or for each row of x and of the weight; "block": 1 x 128 for x,
+    128 x 128 for the weight. A training weight is quantised in every forward. Elsewhere its fp8 copy is kept until the
+    weight changes; but torch.compile and CUDA graphs quantise in the graph, so that replays see the weight as it is then.
+    For inference from_linear drops the master weight, and nothing is quantised but x.
+    """
+
+    _cache = None  # (what tells the weight's state, its storage held weakly, fp8, scale, stream, event)
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, granularity: str = "row", *, device=None, dtype=None
+    ):
+        super().__init__()
+        if granularity not in ("tensor", "row", "block"):
+            raise ValueError(f'granularity must be "tensor", "row" or "block", got {granularity!r}')
+        self.in_features, self.out_features, self.granularity = in_features, out_features, granularity
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As nn.Linear's."""
+        bound = self.in_features**-0.5 if self.in_features else 0.0
+        for p in self.parameters():
+            nn.init.uniform_(p, -bound, bound)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, granularity: str = "row") -> "FP8Linear":
+        """For inference: the fp8 weight alone (buffers weight_fp8 and weight_scale), half the memory. The bias parameter is
+        taken over as it is; gradients to x and bias go through the dequantised weight."""
+        new = cls(0, 0, False, granularity, device="meta")
+        new.in_features, new.out_features = linear.in_features, linear.out_features
+        new.weight, new.bias = None, linear.bias
+        weight_fp8, weight_scale = new._quantize(linear.weight.detach())
+        new.register_buffer("weight_fp8", weight_fp8)
+        new.register_buffer("weight_scale", weight_scale)
+        return new.train(linear.training)
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_fp8(weight, "block2d" if self.granularity == "block" else self.granularity)
+
+    def requantize(self) -> None:
+        """To be called after the one write that PyTorch does not record, `weight.data.mul_()` and the like."""
+        self._cache = None
+
+    def _cached_weight(self) -> tuple[Tensor, Tensor]:
+        w = self.weight
+        if (
+            torch.compiler.is_compiling() or type(w) not in (Tensor, nn.Parameter) or w.is_inference()
+            or (w.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):  # fmt: skip
+            return self._quantize(w.detach())
+        # the storage held weakly keeps its identity from being given to another one
+        storage = w.untyped_storage()
+        state = storage._cdata, w.data_ptr(), w._version, w.dtype, w.device, w.shape, w.stride(), self.granularity
+        stream = torch.cuda.current_stream(w.device) if w.is_cuda else None
+        cache = self._cache
+        if cache is None or cache[0] != state:
+            quantized, scale = self._quantize(w.detach())
+            event = stream.record_event() if stream is not None else None
+            self._cache = cache = state, StorageWeakRef(storage), quantized, scale, stream, event
+        elif stream != cache[4]:  # filled on another stream, perhaps a moment ago
+            stream.wait_event(cache[5])
+            cache[2].record_stream(stream)
+            cache[3].record_stream(stream)
+        return cache[2], cache[3]
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_cache"}
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: self._buffers[name] for name in ("weight_fp8", "weight_scale") if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, was in kept.items():
+            if self._buffers[name].dtype != was.dtype:  # fn casts: take only its move to another device
+                self._buffers[name] = was.to(self._buffers[name].device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.element_size() == 1:
+            raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have shape (..., {self.in_features}), got {tuple(x.shape)}")
+        weight, bias = self.weight, self.bias
+        device = (self.weight_fp8 if weight is None else weight).device
+        if x.device != device:
+            raise ValueError(f"x must be on the weight's device {device}, got {x.device}")
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            if x.dtype != torch.float64:
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
+        training = torch.is_grad_enabled()
+        if weight is None:
+            weight_fp8, weight_scale = self.weight_fp8, self.weight_scale
+        elif training and weight.requires_grad:
+            weight_fp8, weight_scale = self._quantize(weight.detach())
+        else:
+            weight_fp8, weight_scale = self._cached_weight()
+        rows = x.reshape(-1, self.in_features)
+        if training and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+            y = _FP8Linear.apply(rows, weight, bias, weight_fp8, weight_scale, self.granularity)
+        else:
+            y = _linear(rows, weight_fp8, weight_scale, bias, self.granularity)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"granularity={self.granularity!r}" + (", inference only" if self.weight is None else "")
+        )

@@ -1,0 +1,540 @@
+"""INT8 matrix products: y = x @ (weight_int8 * scale).T + bias, one scale per output channel.
+
+x (..., K) float, weight (N, K) int8 as in nn.Linear, scale (N,) float32, y (..., N) in x.dtype.
+
+W8A16 (weights int8, activations as they are): y[m, n] = scale[n] * sum_k x[m, k] * w[n, k] + bias[n].
+    Few rows are bound by the weight's N*K bytes, half of what 16-bit weights cost: each is read once, widened in
+    registers (every int8 is exact in 16 bits) and is the left operand of the product, because Hopper's tensor cores
+    take the left one from registers. Many rows are bound by 2*M*N*K operations.
+W8A8 (activations int8 too): xq = round(x / sx), sx[m] = amax|x[m]| / 127, in one kernel of 3*M*K bytes, then
+    y[m, n] = sx[m] * scale[n] * sum_k xq[m, k] * w[n, k] + bias[n] on the int8 tensor cores: twice the rate of 16 bits.
+Numerics: sums in float32 of IEEE products (no TF32), or in int32 and exact; scale and bias in float32; one rounding at
+    the end. The gradient to x goes through the weight dequantised to the gradient's dtype, as in eager PyTorch.
+
+Sources: https://arxiv.org/abs/2208.07339 (LLM.int8), https://arxiv.org/abs/2211.10438 (SmoothQuant: W8A8)
+"""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no Triton on this platform: the twins serve every call
+    triton = None
+
+# Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def quantize_symmetric_torch(tensor: Tensor, bits: int = 8, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """Twin of quantize_symmetric."""
+    qmax = 2 ** (bits - 1) - 1
+    x = tensor.detach().float()
+    if x.numel():
+        amax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    else:
+        amax = x.new_zeros(() if dim is None else [1 if i == dim % x.ndim else n for i, n in enumerate(x.shape)])
+    scale = amax / torch.full_like(amax, qmax)  # CUDA multiplies by a Python number's reciprocal: not correctly rounded
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (x / scale).round().clamp(-qmax, qmax).to(torch.int8), scale
+
+
+def int8_gemm_torch(
+    x: Tensor, weight_int8: Tensor, scale: Tensor, bias: Tensor | None = None, *, quantize_activations: bool = False
+) -> Tensor:
+    """Twin of int8_gemm, both modes."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = (x.to(wide) @ weight_int8.to(wide).T) * scale.to(wide)
+    if quantize_activations:
+        xq, x_scale = quantize_symmetric_torch(x, dim=-1)
+        exact = (xq.double() @ weight_int8.double().T).to(wide) * x_scale * scale  # float64 holds any such sum
+        y = exact + (y - y.detach()) if y.requires_grad else exact  # the gradient passes straight through round
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _round_int8(v, QMAX: tl.constexpr):
+        v = (v + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
+        return tl.minimum(tl.maximum(v, -QMAX), QMAX).to(tl.int8)
+
+    @triton.jit
+    def _amax(x):
+        # a float's magnitude orders as its bits do, with NaN above all: an integer maximum, which keeps NaN
+        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+    @triton.jit(do_not_specialize=["M"])
+    def _quantize_rows_kernel(
+        x_ptr, q_ptr, scale_ptr, stride_xm, M, K, QMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    ):
+        rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :]
+        q_ptrs = q_ptr + rows[:, None] * K + cols[None, :]
+        mask = (rows[:, None] < M) & (cols[None, :] < K)
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        amax = _amax(x)
+        for k in range(BLOCK_K, K, BLOCK_K):  # rows longer than a block: read twice, the second time mostly from L2
+            mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
+            amax = tl.maximum(amax, _amax(tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)))
+        scale = tl.div_rn(amax.to(tl.float32, bitcast=True), QMAX)
+        scale = tl.where(scale == 0.0, 1.0, scale)
+        tl.store(scale_ptr + rows, scale, mask=rows < M)
+        scale = tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_K))
+        tl.store(q_ptrs, _round_int8(tl.div_rn(x, scale), QMAX), mask=mask)
+        for k in range(BLOCK_K, K, BLOCK_K):
+            mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
+            x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
+            tl.store(q_ptrs + k, _round_int8(tl.div_rn(x, scale), QMAX), mask=mask_k)
+
+    @triton.jit
+    def _quantize_flat_kernel(x_ptr, q_ptr, scale_ptr, numel, QMAX: tl.constexpr, BLOCK: tl.constexpr):
+        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
+        scale = tl.full((BLOCK,), 1.0, tl.float32) * tl.load(scale_ptr)
+        tl.store(q_ptr + offs, _round_int8(tl.div_rn(x, scale), QMAX), mask=offs < numel)
+
+    @triton.jit
+    def _dequantize_kernel(q_ptr, scale_ptr, out_ptr, stride_qn, K, HAS_SCALE: tl.constexpr, BLOCK_K: tl.constexpr):
+        blocks = tl.cdiv(K, BLOCK_K)
+        row = tl.program_id(0).to(tl.int64) // blocks
+        cols = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        out = tl.load(q_ptr + row * stride_qn + cols, mask=cols < K).to(tl.float32)
+        if HAS_SCALE:
+            out *= tl.load(scale_ptr + row)
+        tl.store(out_ptr + row * K + cols, out.to(out_ptr.dtype.element_ty), mask=cols < K)
+
+    @triton.jit
+    def _one_row_kernel(
+        x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, N, K, stride_wn,
+        HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """y = x @ w.T for one row of x: plain products and sums, since a tensor core would waste 15 of its 16 rows."""
+        offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
+        w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            mask = (offs_n[:, None] < N) & (offs_k[None, :] < K - k)
+            w = tl.load(w_ptrs + k, mask=mask, other=0, eviction_policy="evict_first")
+            x = tl.load(x_ptr + k + offs_k, mask=offs_k < K - k, other=0.0)
+            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+        y = tl.sum(acc, 1) * tl.load(scale_ptr + offs_n, mask=offs_n < N)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)
+        tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=offs_n < N)
+
+    @triton.jit(do_not_specialize=["M"])
+    def _gemm_kernel(
+        x_ptr, w_ptr, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_wn,
+        HAS_BIAS: tl.constexpr, IEEE: tl.constexpr, EVEN_K: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """One tile of y, held transposed: the weight is the left operand. x int8 (with its scales) or float."""
+        W8A8: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
+        # rows past the end wrap around: whole vectors are loaded without a mask and dropped at the store
+        w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+        x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if W8A8 else tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if EVEN_K:
+                w = tl.load(w_ptrs + k)
+                x = tl.load(x_ptrs + k)
+            else:
+                w = tl.load(w_ptrs + k, mask=offs_k[None, :] < K - k, other=0)
+                x = tl.load(x_ptrs + k, mask=offs_k[:, None] < K - k, other=0)
+            if IEEE:  # float32, and 16 bits where the tensor cores are older than Triton's support (sm_75)
+                acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(w.to(x.dtype), x, acc, out_dtype=acc.dtype)
+        y = acc.to(tl.float32)
+        if W8A8:
+            y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M)[None, :]
+        y *= tl.load(scale_ptr + offs_n, mask=offs_n < N)[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
+
+    @triton.jit(do_not_specialize=["M"])
+    def _gemm_tma_kernel(
+        x_desc, w_desc, y_desc, x_scale_ptr, scale_ptr, bias_ptr, M, N, K,
+        HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """y = x @ w.T for many rows, both of one type: as many programs as there are SMs walk over the tiles."""
+        W8A8: tl.constexpr = x_desc.dtype == tl.int8
+        GROUP_M: tl.constexpr = 8  # tiles go down 8 rows of tiles before the next column: x and w are re-read from L2
+        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+            first_m = tile // (GROUP_M * tiles_n) * GROUP_M
+            group_m = min(tiles_m - first_m, GROUP_M)
+            m = (first_m + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M
+            n = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if W8A8 else tl.float32)
+            for k in range(0, K, BLOCK_K):
+                acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc, out_dtype=acc.dtype)
+            offs_m, offs_n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+            y = acc.to(tl.float32)
+            if W8A8:
+                y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M)[:, None]
+            y *= tl.load(scale_ptr + offs_n, mask=offs_n < N)[None, :]
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[None, :]
+            # stored in two halves: half the shared memory, which goes to one more stage of loads
+            left, right = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            y_desc.store([m, n], left.to(y_desc.dtype))
+            y_desc.store([m, n + BLOCK_N // 2], right.to(y_desc.dtype))
+
+
+def _kernel_serves(*tensors) -> bool:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
+    if triton is None:
+        return False
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """The nearest int8 multiples of a scale per slice: scale = amax / (2^(bits-1) - 1), ties to even.
+
+    Args:
+        tensor: any shape, float. bits: 2 to 8. dim: the dimension that one scale serves; None: one scale for all.
+    Returns:
+        int8 of tensor's shape and the float32 scale, in which `dim` has size 1 (None: a scalar); an all-zero slice
+        has scale 1. No gradient. Non-finite values are not looked for: their slice dequantises to NaN or Inf.
+    """
+    if not tensor.is_floating_point():
+        raise TypeError(f"tensor must be floating point, got {tensor.dtype}")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8, got {bits}")
+    if dim is not None and not -tensor.ndim <= dim < tensor.ndim:
+        raise ValueError(f"dim must be a dimension of tensor {tuple(tensor.shape)} or None, got {dim}")
+    if not tensor.numel() or not _kernel_serves(tensor):
+        return quantize_symmetric_torch(tensor, bits, dim)
+    if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):  # Triton launches on the current device, not on tensor's
+            return quantize_symmetric(tensor, bits, dim)
+    tensor, qmax = tensor.detach(), 2 ** (bits - 1) - 1
+    if dim is None:  # two passes: the scale by PyTorch, then the quotients
+        x = tensor.contiguous()
+        amax = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
+        scale = amax / torch.full_like(amax, qmax)
+        scale = torch.where(scale == 0, 1.0, scale)
+        q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        _quantize_flat_kernel[(triton.cdiv(x.numel(), 4096),)](x, q, scale, x.numel(), qmax, 4096, num_warps=4)
+        return q, scale
+    if dim % tensor.ndim != tensor.ndim - 1:
+        q, scale = _quantize_rows(tensor.movedim(dim, -1).reshape(-1, tensor.shape[dim]), qmax)
+        shape = tensor.movedim(dim, -1).shape
+        return q.view(shape).movedim(-1, dim).contiguous(), scale.view(*shape[:-1], 1).movedim(-1, dim).contiguous()
+    q, scale = _quantize_rows(tensor.reshape(-1, tensor.shape[-1]), qmax)
+    return q.view(tensor.shape), scale.view(*tensor.shape[:-1], 1)
+
+
+def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    q = torch.empty(M, K, dtype=torch.int8, device=x.device)
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    block_k = min(triton.next_power_of_2(K), 16384)
+    block_m = max(1, 2048 // block_k)
+    warps = min(max(block_k * block_m // 512, 1), 16)
+    grid = (triton.cdiv(M, block_m),)
+    _quantize_rows_kernel[grid](x, q, scale, x.stride(0), M, K, qmax, block_m, block_k, num_warps=warps)
+    return q, scale
+
+
+def quantize_weight_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (N, K) and the float32 scale (N,) of a weight (N, K): what int8_gemm takes."""
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (N, K), got {tuple(weight.shape)}")
+    quantized, scale = quantize_symmetric(weight, dim=1)
+    return quantized, scale.squeeze(1)
+
+
+def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """quantized * scale in float32, rounded once. A scale (N,) goes with the rows of (N, K), any other broadcasts."""
+    if quantized.dtype != torch.int8:
+        raise TypeError(f"quantized must be int8, got {quantized.dtype}")
+    if not scale.is_floating_point() or not dtype.is_floating_point:
+        raise TypeError(f"scale and dtype must be floating point, got {scale.dtype} and {dtype}")
+    if quantized.device != scale.device:
+        raise ValueError(f"scale must be on {quantized.device}, got {scale.device}")
+    if scale.ndim == 1 and quantized.ndim == 2:
+        scale = scale.unsqueeze(1)
+    if scale.ndim > quantized.ndim or any(s not in (1, n) for s, n in zip(scale.shape[::-1], quantized.shape[::-1])):
+        raise ValueError(f"scale must broadcast to {tuple(quantized.shape)}, got {tuple(scale.shape)}")
+    rows = quantized.ndim == 2 and scale.shape == (quantized.shape[0], 1)
+    if not rows or not quantized.numel() or dtype == torch.float64 or not _kernel_serves(quantized, scale):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (quantized.to(wide) * scale.to(wide)).to(dtype)
+    if quantized.is_cuda and not torch.compiler.is_compiling():
+        with torch.cuda.device(quantized.device):  # Triton launches on the current device, not on quantized's
+            return _dequantize_rows(quantized, scale.contiguous(), dtype)
+    return _dequantize_rows(quantized, scale.contiguous(), dtype)
+
+
+def _dequantize_rows(q: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    N, K = q.shape
+    q = q if q.stride(1) == 1 else q.contiguous()
+    out = torch.empty(N, K, dtype=dtype, device=q.device)
+    grid = (N * triton.cdiv(K, 4096),)
+    _dequantize_kernel[grid](q, scale, out, q.stride(0), K, scale is not None, 4096, num_warps=8)
+    return out
+
+
+def _capability(x: Tensor) -> tuple[int, int]:  # AMD and Intel GPUs multiply int8 too and have no TMA, as sm_80
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda and not torch.version.hip else (8, 0)
+
+
+def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, w8a8: bool) -> Tensor:
+    """x (M, K) and weight (N, K), none empty, on the current device."""
+    M, K = x.shape
+    N = weight.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
+    if M == 1 and not w8a8:
+        # H200, (K, N) = (4096, 14336), (14336, 4096), (4096, 4096): 18.6, 20.0, 7.4 us (bf16 F.linear 30.9, 32.1, 13.5)
+        block_n, block_k, warps, stages = (4 if N > 8192 else 2, 4096, 8, 1) if K <= 4096 else (2, 2048, 4, 3)
+        _one_row_kernel[(triton.cdiv(N, block_n),)](
+            x, weight, scale, bias, y, N, K, weight.stride(0),
+            bias is not None, block_n, block_k, stages, num_warps=warps,
+        )  # fmt: skip
+        return y
+    capability = _capability(x)
+    ieee = not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
+    x_scale = None
+    if w8a8:
+        x, x_scale = _quantize_rows(x)
+    # W8A16 widens the weight first, 41 us for 4096 x 14336 at the copy rate: half of what the product of 512 rows takes
+    tma = capability[0] in (9, 10) and K % 16 == 0 and N * y.element_size() % 16 == 0
+    if tma and not ieee and M > (128 if w8a8 else 512):
+        block_n, stages = (256, 3) if capability[0] == 9 else (128, 4)  # sm_100 would spill
+        _int8_gemm_tma(x, weight, x_scale, scale, bias, y, block_n, stages)
+        return y
+    if ieee:
+        block_m, block_n, block_k, warps, stages = (16, 64, 32, 4, 2) if M <= 16 else (32, 64, 32, 8, 2)
+    elif M <= 64:  # H200 at (4096, 14336): 28.0 us with 16 rows, 38.0 with 64
+        block_m, block_n, block_k, warps, stages = (16, 32, 256, 4, 4) if M <= 16 else (64, 64, 128, 4, 3)
+    else:
+        block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
+    _gemm_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+        x, weight, x_scale, scale, bias, y, M, N, K, x.stride(0), weight.stride(0),
+        bias is not None, ieee, K % block_k == 0, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, block_n=256, stages=3, programs=None):
+    """Fills y. x is int8 (W8A8) or 16 bits: then the weight is widened once into a temporary of that type."""
+    M, K = x.shape
+    N = weight.shape[0]
+    if x.dtype != torch.int8:
+        weight = _dequantize_rows(weight, None, x.dtype)
+    x, weight = _for_tma(x), _for_tma(weight)
+    block_m, block_k = 128, 128 // x.element_size()
+    programs = programs or torch.cuda.get_device_properties(x.device).multi_processor_count
+    _gemm_tma_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(N, block_n)),)](
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
+        TensorDescriptor.from_tensor(weight, [block_n, block_k]),
+        TensorDescriptor.from_tensor(y, [block_m, block_n // 2]),
+        x_scale, scale, bias, M, N, K, bias is not None, block_m, block_n, block_k, num_warps=8, num_stages=stages,
+    )  # fmt: skip
+
+
+def _for_tma(t: Tensor) -> Tensor:
+    """t, or a copy if its rows do not start at multiples of 16 bytes (a traced tensor's storage is taken to do so)."""
+    start = t.storage_offset() * t.element_size() if torch.compiler.is_compiling() else t.data_ptr()
+    aligned = start % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+    return t if aligned and t.stride(0) > 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+class _Int8Gemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_int8, scale, bias, quantize_activations):
+        ctx.save_for_backward(weight_int8, scale)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _int8_gemm_triton(x, weight_int8, scale, bias, quantize_activations)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weight_int8, scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ dequantize(weight_int8, scale, grad.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias, None
+
+
+def int8_gemm(
+    x: Tensor, weight_int8: Tensor, scale: Tensor, bias: Tensor | None = None, *, quantize_activations: bool = False
+) -> Tensor:
+    """x @ (weight_int8 * scale).T + bias, in x.dtype.
+
+    Args:
+        x: (..., K), fp32/fp16/bf16. weight_int8: (N, K) int8. scale: (N,) float32. bias: (N,) float or None.
+        quantize_activations: False: x as it is, the weight widened (W8A16). True: x is quantised per row to int8 and
+            the int8 tensor cores multiply, sums exact (W8A8).
+    Returns:
+        (..., N), in the autocast dtype under autocast, as F.linear. Differentiable in x and bias; the rounding of x
+        passes its gradient straight through.
+    Raises:
+        ValueError, TypeError.
+    """
+    if weight_int8.dtype != torch.int8 or weight_int8.ndim != 2:
+        error = TypeError if weight_int8.dtype != torch.int8 else ValueError
+        raise error(f"weight_int8 must be int8 (N, K), got {weight_int8.dtype} {tuple(weight_int8.shape)}")
+    N, K = weight_int8.shape
+    if not x.is_floating_point() or x.element_size() == 1:
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x must have shape (..., {K}) to go with weight_int8 {(N, K)}, got {tuple(x.shape)}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale must be float32, got {scale.dtype}")
+    if scale.shape != (N,):
+        raise ValueError(f"scale must have shape {(N,)}, got {tuple(scale.shape)}")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias must have shape {(N,)}, got {tuple(bias.shape)}")
+    if weight_int8.device != x.device or scale.device != x.device or (bias is not None and bias.device != x.device):
+        devices = weight_int8.device, scale.device, None if bias is None else bias.device
+        raise ValueError(f"weight_int8, scale and bias must be on x's device {x.device}, got {devices}")
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError("scale must not require a gradient: int8_gemm is differentiable in x and bias alone")
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return int8_gemm(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
+    if (
+        not x.numel() or not N or not _kernel_serves(x, weight_int8, scale, bias)
+        or (_INTERPRET and x.dtype == torch.bfloat16)  # the interpreter's tl.dot multiplies bfloat16 wrongly
+        or (quantize_activations and (K > 131072 or _capability(x) < (8, 0)))  # int32 holds 2^31 / 128^2 products
+    ):  # fmt: skip
+        return int8_gemm_torch(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
+    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
+            return int8_gemm(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
+    rows = x if x.ndim == 2 else x.reshape(-1, K)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y = _Int8Gemm.apply(rows, weight_int8, scale, bias, quantize_activations)
+    else:
+        y = _int8_gemm_triton(rows, weight_int8, scale, bias, quantize_activations)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
+
+
+class Int8Linear(nn.Module):
+    """nn.Linear with an int8 weight (buffers weight_int8 and weight_scale) and, if asked for, a trainable bias.
+
+    The weight is all zeros until quantize_weights or load_state_dict fills it. `.to(dtype)` and `.half()` cast the bias
+    alone: int8 stays int8 and the scales stay float32.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, quantize_activations: bool = False,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.quantize_activations = quantize_activations
+        self.register_buffer("weight_int8", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @torch.no_grad()
+    def quantize_weights(self, weight: Tensor) -> None:
+        """Fills the buffers from a float weight (out_features, in_features)."""
+        if weight.shape != self.weight_int8.shape:
+            raise ValueError(f"weight must have shape {tuple(self.weight_int8.shape)}, got {tuple(weight.shape)}")
+        quantized, scale = quantize_weight_per_channel(weight)
+        self.weight_int8.copy_(quantized)
+        self.weight_scale.copy_(scale)
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: self._buffers[name] for name in ("weight_int8", "weight_scale")}
+        super()._apply(fn, recurse)
+        for name, was in kept.items():
+            if self._buffers[name].dtype != was.dtype:  # fn casts: take only its move to another device
+                self._buffers[name] = was.to(self._buffers[name].device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_gemm(
+            x, self.weight_int8, self.weight_scale, self.bias, quantize_activations=self.quantize_activations
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quantize_activations={self.quantize_activations}"
+        )
+
+
+class QuantizedLinear(Int8Linear):
+    """Int8Linear made from a trained nn.Linear."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, quantize_activations: bool = False) -> "QuantizedLinear":
+        """The bias parameter is taken over as it is, the weight quantised; the linear is left alone."""
+        weight = linear.weight
+        new = cls(0, 0, quantize_activations=quantize_activations, device="meta")
+        new.in_features, new.out_features = linear.in_features, linear.out_features
+        new.weight_int8, new.weight_scale = quantize_weight_per_channel(weight.detach())
+        new.bias = linear.bias
+        return new.train(linear.training)
+
+
+def quantize_model(
+    model: nn.Module, skip: tuple[str, ...] = ("lm_head",), *, quantize_activations: bool = False
+) -> list[str]:
+    """Swaps every nn.Linear of the model for a QuantizedLinear, in place, and returns the names that it converted.
+
+    Left alone: subclasses of nn.Linear, a weight that another module holds too (tied embeddings), and what `skip`
+    names: a module's qualified name, its last part, or either of a module above it.
+    """
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be a sequence of names, got the string {skip!r}")
+    if type(model) is nn.Linear:
+        raise ValueError("model must hold its nn.Linear modules, got one itself: use QuantizedLinear.from_linear")
+    owners: dict[tuple, set[int]] = {}  # where a parameter's memory starts -> the modules that hold it
+
+    def memory(p):
+        return p.untyped_storage()._cdata, p.storage_offset()
+
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(memory(p), set()).add(id(module))
+    converted, new = [], {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        parts = name.split(".")
+        above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        if type(module) is not nn.Linear or len(owners[memory(module.weight)]) > 1 or set(skip) & {*parts, *above}:
+            continue
+        if id(module) not in new:  # a module used in two places stays one module
+            new[id(module)] = QuantizedLinear.from_linear(module, quantize_activations=quantize_activations)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, parts[-1], new[id(module)])
+        converted.append(name)
+    return converted

@@ -1,0 +1,582 @@
+"""Rotary position embedding (RoPE): each pair (x0, x1) of a head's row turns by an angle that grows with the position.
+
+    (y0, y1) = (x0 * cos - x1 * sin, x1 * cos + x0 * sin)     angle = position * base ** (-2 * i / R), i = 0 ... R/2 - 1
+
+q (B, S, Hq, D) and k (B, S, Hk, D), or (S, H, D). A pair is (i, i + R/2) (GPT-NeoX, Hugging Face Llama, Qwen) or, with
+interleaved=True, (2 * i, 2 * i + 1) (RoFormer, GPT-J, Meta's Llama). With R < D the rest of the row passes through.
+
+Cost. Memory-bound: q and k are read once and written once, 2 * B * S * (Hq + Hk) * D * itemsize bytes, in one launch;
+the tables' rows are shared by all heads. The backward pass is the forward with the sine negated.
+Layout. Any strides are read in place. Results are dense: (B, S, H, D), or where q's heads lie outside its tokens (a
+transposed (B, H, S, D)) in that order of dimensions, so that transposing them back gives a contiguous tensor.
+Numerics. float32 inside, one rounding, at the end.
+Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: the twins serve every call
+    triton = None
+
+# Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_SCALINGS = {  # rope_type: the entries that it needs
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
+
+
+def _frequencies(seq_len, head_dim, base, scaling, device):
+    """Angle per position of each pair, float64, and the factor on cos and sin, as transformers' ROPE_INIT_FUNCTIONS."""
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type")) or "default"
+    if kind not in _SCALINGS:
+        raise ValueError(f"scaling's rope_type must be one of {', '.join(_SCALINGS)}, got {kind!r}")
+    longest, factor = scaling.get("max_position_embeddings"), scaling.get("factor")
+    trained = scaling.get("original_max_position_embeddings") or longest
+    if kind == "yarn" and factor is None and longest:
+        factor = longest / trained
+    lacks = [n for n in _SCALINGS[kind] if scaling.get(n) is None] + ["factor"] * (kind == "yarn" and factor is None)
+    lacks += ["original_max_position_embeddings"] * (kind in ("dynamic", "llama3", "yarn") and not trained)
+    if lacks:
+        raise ValueError(f"scaling of rope_type {kind!r} must have {', '.join(map(repr, lacks))}, got {list(scaling)}")
+    base = scaling.get("rope_theta") or base
+    dim = int(head_dim * scaling.get("partial_rotary_factor", 1.0))
+    if dim < 2 or dim % 2:
+        raise ValueError(f"head_dim must be a positive even number, got {dim}")
+    if not base > 0:
+        raise ValueError(f"base must be positive, got {base}")
+    if kind == "dynamic" and seq_len > trained:
+        base = base * (factor * seq_len / trained - (factor - 1)) ** (dim / (dim - 2))
+    inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    if kind == "linear":
+        inv_freq = inv_freq / factor
+    elif kind == "llama3":  # long waves are stretched by the factor, short ones kept, those between blended
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        blend = ((trained * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        inv_freq = (1 - blend) * inv_freq / factor + blend * inv_freq
+    if kind != "yarn":
+        return inv_freq, 1.0
+    # the pairs that turn beta_fast and beta_slow times within the trained length; between them the stretching sets in
+    turns = (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+    low, high = (dim * math.log(trained / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = torch.arange(dim // 2, dtype=torch.float64, device=device) - low
+    ramp = (ramp / (high - low if high != low else 0.001)).clamp(0, 1)
+    grow = 0.1 * math.log(max(factor, 1))
+    m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = (m * grow + 1) / (m_all * grow + 1) if m and m_all else grow + 1
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), attention_factor
+
+
+def build_rope_cache(
+    seq_len: int, head_dim: int, base: float = 10000.0, *, scaling: dict | None = None, device=None,
+    dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tables (cos, sin), (seq_len, head_dim / 2) each, of the positions 0 to seq_len - 1; angles in float64.
+
+    Args:
+        scaling: a Hugging Face rope_scaling or rope_parameters dict: rope_type (or type) linear, dynamic, llama3 or
+            yarn. Its rope_theta is the base, original_max_position_embeddings (or else max_position_embeddings) the
+            trained length, a partial_rotary_factor makes the tables narrower; yarn's attention factor is in the tables
+
+    Raises: ValueError for a negative seq_len, an odd head_dim, an unknown rope_type or one whose entries are missing.
+    """
+    if seq_len < 0:
+        raise ValueError(f"seq_len must not be negative, got {seq_len}")
+    inv_freq, attention_factor = _frequencies(seq_len, head_dim, base, scaling, device)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), inv_freq)
+    return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
+
+
+def _rotary_dim(D, cos, rotary_dim):
+    if rotary_dim is not None:
+        return rotary_dim
+    width = cos.shape[-1]
+    return 2 * width if 2 * width <= D and cos.dim() != 4 else width
+
+
+def _split(x, interleaved):
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+
+
+def _merge(y0, y1, interleaved):
+    return torch.stack((y0, y1), dim=-1).flatten(-2) if interleaved else torch.cat((y0, y1), dim=-1)
+
+
+def rope_torch(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
+    position_ids: Tensor | None = None, rotary_dim: int | None = None, inplace: bool = False
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Twin of apply_rope."""
+    S, R = q.shape[-3], _rotary_dim(q.shape[-1], cos, rotary_dim)
+    cos, sin = (t.squeeze(2) if t.dim() == 4 else t for t in (cos, sin))
+    cos, sin = cos[..., : R // 2], sin[..., : R // 2]  # of full-width tables, whose halves are equal, the first is read
+    if position_ids is None:
+        cos, sin = cos[..., :S, :], sin[..., :S, :]
+    else:  # one more row, of NaN, stands for every position outside the tables
+        rows = cos.shape[0]
+        index = torch.where((position_ids >= 0) & (position_ids < rows), position_ids, rows).long()
+        cos, sin = (F.pad(t, (0, 0, 0, 1), value=math.nan)[index] for t in (cos, sin))
+
+    def rotate(x):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x0, x1 = _split(x[..., :R].to(wide), interleaved)
+        c, s = cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide)
+        y = _merge(x0 * c - x1 * s, x1 * c + x0 * s, interleaved).to(x.dtype).reshape(*x.shape[:-1], R)
+        y = torch.cat((y, x[..., R:]), dim=-1)
+        return x.copy_(y) if inplace else y
+
+    return rotate(q), None if k is None else rotate(k)
+
+
+def rope_pytorch(
+    q: Tensor, k: Tensor, seq_len: int | None = None, theta: float = 10000.0, *, interleaved: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Twin of rope_triton: each pair is a complex number, multiplied by exp(i * angle)."""
+    S, D = q.shape[1], q.shape[-1]
+    inv_freq, _ = _frequencies(S, D, theta, None, q.device)
+    angles = torch.outer(torch.arange(S, dtype=torch.float64, device=q.device), inv_freq)[:, None]
+    turn = torch.polar(torch.ones_like(angles), angles)
+
+    def rotate(x):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = torch.complex(*(t.to(wide) for t in _split(x, interleaved))) * turn.to(wide.to_complex())
+        return _merge(y.real, y.imag, interleaved).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _cos_sin(position, i, RATIO: tl.constexpr, BITS: tl.constexpr):
+        """cos and sin of position * theta ** (-2 * i / R), i below 2 ** BITS; RATIO is 2 ** 64 * theta ** (-2 / R)."""
+        # Angles are 64-bit fractions of a turn: integer products wrap around just as angles do, so nothing is lost at
+        # any position (float32 products are off by 0.06 at position 1,000,000), and no float64 is needed
+        turn = tl.full(i.shape, 2935890503282001226, tl.uint64)  # 1 / (2 * pi)
+        power = tl.full(i.shape, RATIO, tl.uint64)
+        for bit in tl.static_range(BITS):
+            turn = tl.where(((i >> bit) & 1) == 1, tl.umulhi(turn, power), turn)
+            power = tl.umulhi(power, power)
+        turn = turn * position.to(tl.uint64)
+        quarter = (turn + 2305843009213693952) >> 62  # the nearest quarter turn; what is left lies within 1/8
+        x = (turn - (quarter << 62)).to(tl.int64, bitcast=True).to(tl.float32) * 3.4061215800304755e-19
+        z = x * x
+        sin = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+        cos = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+        odd = (quarter & 1) == 1
+        c = tl.where(odd, sin, cos)
+        s = tl.where(odd, cos, sin)
+        return tl.where(((quarter + 1) & 2) == 2, -c, c), tl.where((quarter & 2) == 2, -s, s)
+
+    @triton.jit
+    def _rotate_heads(
+        x_ptr, y_ptr, stride_b, stride_s, stride_h, b, s, h, S, H, mask, cos, sin, cos_ptr, sin_ptr, offs, inside,
+        D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NEGATE: tl.constexpr,
+        OUT: tl.constexpr
+    ):  # fmt: skip
+        """One tile of x: heads h (h, 1, 1) of the tokens (b, s), (1, t, 1) each; cos and sin are (1, t, HALF)."""
+        mask = mask & (h < H)
+        x_rows = x_ptr + (b * stride_b + s * stride_s + h * stride_h)
+        if OUT == "inplace":
+            y_rows = y_ptr + (b * stride_b + s * stride_s + h * stride_h)
+        elif OUT == "bhsd":
+            y_rows = y_ptr + ((b * H + h) * S + s) * D
+        else:
+            y_rows = y_ptr + ((b * S + s) * H + h) * D
+        if INTERLEAVED:  # a row is read as it lies and taken apart in registers: loads stay 16 bytes wide
+            cols = tl.arange(0, 2 * HALF)[None, None, :]
+            x = tl.load(x_rows + cols, mask & (cols < R))
+            x0, x1 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], HALF, 2)))
+        else:
+            cols = tl.arange(0, HALF)[None, None, :]
+            x0 = tl.load(x_rows + cols, mask & (cols < R // 2))
+            x1 = tl.load(x_rows + R // 2 + cols, mask & (cols < R // 2))
+        if cos_ptr is not None:  # after the rows: all loads are under way before the first is waited for
+            # Each thread reads those of its own columns, mostly from L1: no shared memory, no barrier
+            offs, inside = tl.broadcast_to(offs, x0.shape), tl.broadcast_to(inside, x0.shape)
+            cos = tl.load(cos_ptr + offs, inside, float("nan")).to(tl.float32)  # NaN: a position outside the tables
+            sin = tl.load(sin_ptr + offs, inside, float("nan")).to(tl.float32)
+        if NEGATE:
+            sin = -sin
+        x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
+        y0, y1 = x0 * cos - x1 * sin, x1 * cos + x0 * sin
+        if INTERLEAVED:
+            tl.store(y_rows + cols, tl.reshape(tl.join(y0, y1), x.shape), mask & (cols < R))
+        else:
+            tl.store(y_rows + cols, y0, mask & (cols < R // 2))
+            tl.store(y_rows + R // 2 + cols, y1, mask & (cols < R // 2))
+        if OUT != "inplace":
+            for start in tl.static_range(R, D, 2 * HALF):  # the part that is not rotated
+                cols = start + tl.arange(0, 2 * HALF)[None, None, :]
+                tl.store(y_rows + cols, tl.load(x_rows + cols, mask & (cols < D)), mask & (cols < D))
+
+    # Strides are left to be specialised (loads of 16 bytes need to know that they are multiples of 16), counts are not
+    @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb"])
+    def _rope_kernel(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr,  # cos, sin: or None, then RATIO
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_cb, stride_pb,
+        tokens, S, rows, Hq, Hk, stride_cs: tl.constexpr, RATIO: tl.constexpr, BITS: tl.constexpr,
+        D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NEGATE: tl.constexpr,
+        OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCKS: tl.constexpr
+    ):  # fmt: skip
+        """BLOCK_T tokens of BLOCKS blocks of BLOCK_H heads each; the blocks of k follow those of q."""
+        blocks_q = tl.cdiv(Hq, BLOCK_H)
+        programs = tl.cdiv(blocks_q + tl.cdiv(Hk, BLOCK_H), BLOCKS)  # for each tile of tokens
+        token = (tl.program_id(0) // programs * BLOCK_T + tl.arange(0, BLOCK_T))[None, :, None]
+        mask = token < tokens
+        b, s = (token // S).to(tl.int64), (token % S).to(tl.int64)
+        cols = tl.arange(0, HALF)[None, None, :]
+        if cos_ptr is None:
+            cos, sin = _cos_sin(s, cols, RATIO, BITS)
+            offs, inside = None, None
+        else:
+            cos, sin = None, None
+            position = s
+            if position_ptr is not None:
+                position = tl.load(position_ptr + b * stride_pb + s, mask, 0).to(tl.int64)
+            offs = b * stride_cb + position * stride_cs + cols
+            inside = mask & (position >= 0) & (position < rows) & (cols < R // 2)
+        heads = tl.arange(0, BLOCK_H).to(tl.int64)[:, None, None]
+        first = tl.program_id(0) % programs * BLOCKS
+        for block in range(first, first + BLOCKS):
+            if block < blocks_q:
+                _rotate_heads(
+                    q_ptr, q_out_ptr, stride_qb, stride_qs, stride_qh, b, s, block * BLOCK_H + heads, S, Hq, mask,
+                    cos, sin, cos_ptr, sin_ptr, offs, inside, D, R, HALF, INTERLEAVED, NEGATE, OUT
+                )  # fmt: skip
+            elif k_ptr is not None:
+                _rotate_heads(
+                    k_ptr, k_out_ptr, stride_kb, stride_ks, stride_kh, b, s, (block - blocks_q) * BLOCK_H + heads, S,
+                    Hk, mask, cos, sin, cos_ptr, sin_ptr, offs, inside, D, R, HALF, INTERLEAVED, NEGATE, OUT
+                )  # fmt: skip
+
+
+def _kernel_serves(*tensors) -> bool:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
+    if triton is None:
+        return False
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def _tile(tokens, HALF, angles):
+    """Tokens and heads of a tile, tiles of a program, warps."""
+    if angles:  # threads all at different angles, each of which serves many heads
+        return max(1024 // HALF, 1), 2, 16 if tokens >= 8192 else 4, 4
+    return max(256 // HALF, 1), 8, 1, 4
+
+
+def _launch(q, k, cos, sin, position_ids, R, interleaved, theta=None, negate=False, inplace=False):
+    """q and k (B, S, H, D), one of which may be None, with tables, or None and theta -> the pair, rotated."""
+    if q is None:
+        return _launch(k, None, cos, sin, position_ids, R, interleaved, theta, negate, inplace)[::-1]
+    B, S, Hq, D = q.shape
+    stride_qb, stride_qs, stride_qh, stride_qd = q.stride()
+    Hk, stride_kb, stride_ks, stride_kh, stride_kd = (0, 0, 0, 0, 1) if k is None else (k.shape[2], *k.stride())
+    if stride_qd != 1 or stride_kd != 1:  # the one case that costs a copy
+        dense = [None if t is None else t.contiguous() for t in (q, k)]
+        out = _launch(*dense, cos, sin, position_ids, R, interleaved, theta, negate, inplace)
+        return tuple(None if t is None else t.copy_(o) for t, o in zip((q, k), out)) if inplace else out
+    q_out, k_out, OUT = q, k, "inplace"
+    if not inplace and stride_qh > stride_qs:
+        OUT = "bhsd"
+        q_out = q.new_empty(B, Hq, S, D).transpose(1, 2)
+        k_out = None if k is None else k.new_empty(B, Hk, S, D).transpose(1, 2)
+    elif not inplace:
+        OUT = "bshd"
+        q_out, k_out = q.new_empty(B, S, Hq, D), None if k is None else k.new_empty(B, S, Hk, D)
+    rows = stride_cb = stride_cs = stride_pb = ratio = 0
+    if cos is None:
+        ratio = min(round(theta ** (-2 / R) * 2**64), 2**64 - 1)
+    else:
+        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+        at = 0 if cos.dim() == 2 else 1
+        rows, stride_cs = cos.shape[at], cos.stride(at)
+        stride_cb = cos.stride(0) if at and cos.shape[0] > 1 else 0
+    if position_ids is not None:
+        position_ids = position_ids.contiguous()
+        stride_pb = S if position_ids.dim() == 2 and position_ids.shape[0] > 1 else 0
+    bits = (R // 2 - 1).bit_length()
+    BLOCK_T, BLOCK_H, BLOCKS, num_warps = _tile(B * S, 1 << bits, cos is None)
+    blocks = -(-Hq // BLOCK_H) + -(-Hk // BLOCK_H)  # ceil
+    _rope_kernel[(-(-(B * S) // BLOCK_T) * -(-blocks // BLOCKS),)](
+        q, k, q_out, k_out, cos, sin, position_ids, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
+        stride_cb, stride_pb, B * S, S, rows, Hq, Hk, stride_cs, ratio, bits, D, R, 1 << bits, interleaved, negate, OUT,
+        BLOCK_T, BLOCK_H, BLOCKS, num_warps=num_warps
+    )  # fmt: skip
+    if inplace and not torch.compiler.is_compiling():  # autograd is told, as PyTorch's own in-place operations tell it
+        for t in (q, k):
+            if t is not None and not t.is_inference():
+                torch.autograd.graph.increment_version(t)
+    return q_out, k_out
+
+
+class _RoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, position_ids, R, interleaved, theta):
+        ctx.save_for_backward(cos, sin, position_ids)
+        ctx.options = R, interleaved, theta
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # an output that nothing uses costs no launch
+        q_out, k_out = _launch(q, k, cos, sin, position_ids, R, interleaved, theta)
+        if not q.requires_grad:
+            ctx.mark_non_differentiable(q_out)
+        if k is not None and not k.requires_grad:
+            ctx.mark_non_differentiable(k_out)
+        return q_out, k_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk):
+        cos, sin, position_ids = ctx.saved_tensors
+        dq, dk = (d if needed else None for d, needed in zip((dq, dk), ctx.needs_input_grad))
+        if dq is not None or dk is not None:
+            dq, dk = _launch(dq, dk, cos, sin, position_ids, *ctx.options, negate=True)
+        return dq, dk, None, None, None, None, None, None
+
+
+def _check_qk(q, k, dims):
+    for name, t in (("q", q), ("k", k)):
+        if t is None:
+            continue
+        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.dim() not in dims:
+            forms = "(B, S, H, D) or (S, H, D)" if 3 in dims else "(B, S, H, D)"
+            raise ValueError(f"{name} must be {forms}, got shape {tuple(t.shape)}")
+    if k is None:
+        return
+    if k.dim() != q.dim() or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"k must have q's dtype {q.dtype}, got {k.dtype}")
+    if k.device != q.device:
+        raise ValueError(f"k must be on q's device {q.device}, got {k.device}")
+
+
+def _check_tables(q, cos, sin, position_ids, rotary_dim):
+    B, S, D = q.shape[0] if q.dim() == 4 else 1, q.shape[-3], q.shape[-1]
+    for name, t in (("cos", cos), ("sin", sin), ("position_ids", position_ids)):
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
+        if t is not position_ids and not t.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {t.dtype}")
+    shape, dims = cos.shape, cos.dim()
+    if sin.shape != shape:
+        raise ValueError(f"sin must have cos's shape {tuple(shape)}, got {tuple(sin.shape)}")
+    if not (dims == 2 or (dims == 3 and shape[0] in (1, B)) or (dims == 4 and shape[0] == shape[2] == 1)):
+        raise ValueError(f"cos must be (S, W), ({B}, S, W), (1, S, W) or (1, S, 1, W), got shape {tuple(shape)}")
+    R, width = _rotary_dim(D, cos, rotary_dim), shape[-1]
+    if R % 2 or not 0 < R <= D:
+        raise ValueError(f"rotary_dim must be even, positive and at most head_dim {D}, got {R} (cos is {width} wide)")
+    if width != R and (2 * width != R or dims == 4):
+        raise ValueError(f"cos must be {'' if dims == 4 else f'{R // 2} or '}{R} wide for rotary_dim {R}, got {width}")
+    if position_ids is None:
+        rows = shape[0 if dims == 2 else 1]
+        if rows < S:
+            raise ValueError(f"cos must have at least {S} rows, one for each position of q, got {rows}")
+        return
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
+    if dims != 2:
+        raise ValueError(f"position_ids must go with tables of two dimensions, got cos of shape {tuple(shape)}")
+    shape = position_ids.shape
+    if shape[-1:] != (S,) or len(shape) > 2 or (len(shape) == 2 and shape[0] not in (1, B)):
+        raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(shape)}")
+
+
+def apply_rope(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
+    position_ids: Tensor | None = None, rotary_dim: int | None = None, inplace: bool = False
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """q and k rotated, in one launch. Differentiable in q and k; tables that ask for a gradient get it from the twin.
+
+    Args:
+        q: (B, S, Hq, D) or (S, Hq, D), float16, bfloat16 or float32, any strides
+        k: q's shape with its own number of heads, or None: the result is (q, None)
+        cos, sin: (S, R/2) or (B, S, R/2); or R wide, the halves repeated (only the first is read), (1, S, 1, R) among
+            them; any float dtype; more than S rows serve the positions 0 to S - 1
+        position_ids: (S,) or (B, S), int32 or int64: the rows of two-dimensional tables to use. A position outside the
+            tables gives NaN in the rotated part of its row
+        rotary_dim: R; without it a table W wide is R/2 wide where 2 * W <= D, else R. Columns R to D pass through
+        inplace: overwrite q and k, and return them
+
+    Raises: ValueError for shapes, devices and rotary_dim, for inplace where q or k requires a gradient or is expanded;
+    TypeError for dtypes.
+    """
+    _check_qk(q, k, (3, 4))
+    _check_tables(q, cos, sin, position_ids, rotary_dim)
+    if inplace:
+        for name, t in (("q", q), ("k", k)):
+            if t is not None and t.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"inplace must be False where {name} requires a gradient")
+            if t is not None and any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
+                raise ValueError(f"inplace must be False where {name} is expanded, got strides {t.stride()}")
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    options = {"interleaved": interleaved, "position_ids": position_ids, "rotary_dim": rotary_dim, "inplace": inplace}
+    if learned or not q.numel() or not _kernel_serves(q, k, cos, sin, position_ids):
+        return rope_torch(q, k, cos, sin, **options)
+    if q.is_cuda and not torch.compiler.is_compiling() and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):  # Triton launches on the current device, not on q's
+            return apply_rope(q, k, cos, sin, **options)
+    R = _rotary_dim(q.shape[-1], cos, rotary_dim)
+    if q.dim() == 3:
+        q4, k4 = q.unsqueeze(0), None if k is None else k.unsqueeze(0)
+        q4, k4 = _apply(q4, k4, cos, sin, position_ids, R, interleaved, None, inplace)
+        return (q, k) if inplace else (q4.squeeze(0), None if k is None else k4.squeeze(0))
+    return _apply(q, k, cos, sin, position_ids, R, interleaved, None, inplace)
+
+
+def _apply(q, k, cos, sin, position_ids, R, interleaved, theta, inplace):
+    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
+        return _RoPE.apply(q, k, cos, sin, position_ids, R, interleaved, theta)
+    return _launch(q, k, cos, sin, position_ids, R, interleaved, theta, inplace=inplace)
+
+
+def apply_rotary_pos_emb(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Drop-in for the function of that name in Hugging Face's modeling files; float32 inside, where theirs rounds often.
+
+    Args:
+        q, k: (B, H, S, D), or with unsqueeze_dim=2 (B, S, H, D)
+        cos, sin: (B, S, R) or (1, S, R), halves repeated
+    """
+    if unsqueeze_dim not in (1, 2):
+        raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
+    _check_qk(q, None, (4,))
+    if unsqueeze_dim == 2:
+        return apply_rope(q, k, cos, sin, rotary_dim=cos.shape[-1])
+    k = k if k is None or k.dim() < 3 else k.transpose(1, 2)
+    q, k = apply_rope(q.transpose(1, 2), k, cos, sin, rotary_dim=cos.shape[-1])
+    return q.transpose(1, 2), None if k is None else k.transpose(1, 2)
+
+
+def rope_triton(
+    q: Tensor, k: Tensor, seq_len: int | None = None, theta: float = 10000.0, *, interleaved: bool = True
+) -> tuple[Tensor, Tensor]:
+    """q and k (B, S, H, D) rotated without tables: the kernel computes the angles of the positions 0 to S - 1, exact to
+    float32 at any position. seq_len, where given, must be S. Differentiable in q and k.
+
+    Raises: ValueError for shapes, devices, seq_len, a theta below 1; TypeError for dtypes.
+    """
+    _check_qk(q, k, (4,))
+    if seq_len is not None and seq_len != q.shape[1]:
+        raise ValueError(f"seq_len must be q's {q.shape[1]}, got {seq_len}")
+    if q.shape[-1] % 2 or not q.shape[-1]:
+        raise ValueError(f"q must have an even head_dim, got {q.shape[-1]}")
+    if not theta >= 1:
+        raise ValueError(f"theta must be at least 1, got {theta}")
+    if not q.numel() or not _kernel_serves(q, k):
+        return rope_pytorch(q, k, seq_len, theta, interleaved=interleaved)
+    if q.is_cuda and not torch.compiler.is_compiling() and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return rope_triton(q, k, seq_len, theta, interleaved=interleaved)
+    return _apply(q, k, None, None, None, q.shape[-1], interleaved, float(theta), False)
+
+
+class RotaryEmbedding(nn.Module):
+    """rope(q, k, seq_len=None, position_ids=None): apply_rope with tables that grow with the calls, in powers of two.
+
+    The tables are float32 whatever .to(dtype) says, follow q's device and are no part of state_dict. With position_ids,
+    seq_len is the length of the cache, or whatever bounds them: nothing on the device is looked at. With dynamic scaling
+    the frequencies are those of the tables' length, and the unscaled ones again once a call fits in max_seq_len.
+    """
+
+    def __init__(
+        self, dim: int, max_seq_len: int = 2048, base: float = 10000.0, *, interleaved: bool = False,
+        scaling: dict | None = None, device=None
+    ):  # fmt: skip
+        super().__init__()
+        self.dim, self.max_seq_len, self.base, self.interleaved = dim, max_seq_len, base, interleaved
+        self.scaling = None if scaling is None else {"max_position_embeddings": max_seq_len, **scaling}
+        self.dynamic = scaling is not None and "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
+        self._cos, self._sin = build_rope_cache(max_seq_len, dim, base, scaling=self.scaling, device=device)
+
+    def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        rows = self._cos.shape[0]
+        if length > rows:
+            rows = 1 << (length - 1).bit_length()
+        elif rows > self.max_seq_len >= length and self.dynamic:
+            rows = self.max_seq_len
+        if rows != self._cos.shape[0] or self._cos.device != device:
+            with torch.inference_mode(False), torch.no_grad():  # tables of inference mode could not serve training
+                self._cos, self._sin = build_rope_cache(rows, self.dim, self.base, scaling=self.scaling, device=device)
+        return self._cos, self._sin
+
+    def forward(self, q: Tensor, k: Tensor | None, seq_len: int | None = None, position_ids: Tensor | None = None):
+        _check_qk(q, k, (3, 4))
+        cos, sin = self._tables(max(q.shape[-3], seq_len or 0), q.device)
+        return apply_rope(
+            q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids, rotary_dim=2 * cos.shape[-1]
+        )
+
+    def extra_repr(self) -> str:
+        scaling = "" if self.scaling is None else f", scaling={self.scaling}"
+        return f"{self.dim}, max_seq_len={self.max_seq_len}, base={self.base}, interleaved={self.interleaved}{scaling}"
+
+
+class RoPEAttention(nn.Module):
+    """Self-attention with RoPE on PyTorch's scaled_dot_product_attention, x (B, S, d_model); mask and is_causal as there.
+
+    A Hugging Face Llama attention's state_dict loads into it. Dropout acts in training alone.
+    """
+
+    def __init__(
+        self, d_model: int, n_heads: int, dropout: float = 0.1, theta: float = 10000.0, *,
+        n_kv_heads: int | None = None, interleaved: bool = False, bias: bool = False, device=None, dtype=None
+    ):  # fmt: skip
+        super().__init__()
+        self.n_heads, self.n_kv_heads = n_heads, n_heads if n_kv_heads is None else n_kv_heads
+        self.head_dim, self.dropout = d_model // n_heads, dropout
+        if d_model % n_heads or self.head_dim % 2:
+            raise ValueError(f"d_model must be n_heads ({n_heads}) times an even head_dim, got {d_model}")
+        if self.n_kv_heads < 1 or n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads must divide n_heads ({n_heads}), got {n_kv_heads}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(d_model, d_model, **options)
+        self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, **options)
+        self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, **options)
+        self.o_proj = nn.Linear(d_model, d_model, **options)
+        self.rope = RotaryEmbedding(self.head_dim, base=theta, interleaved=interleaved, device=device)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if x.dim() != 3 or x.shape[-1] != self.q_proj.in_features:
+            raise ValueError(f"x must be (B, S, {self.q_proj.in_features}), got shape {tuple(x.shape)}")
+        if mask is not None and is_causal:
+            raise ValueError("is_causal must be False where a mask is given")
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.rope(q, k)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_heads != self.n_heads
+        )  # fmt: skip
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, dropout={self.dropout}"

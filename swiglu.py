@@ -1,0 +1,459 @@
+"""SwiGLU and its relatives: act(gate) * up, elementwise (swiglu_fused) and as one product (fused_gated_mlp).
+
+    swiglu_fused:     out = act(gate) * up                               gate, up (..., I), or both packed as (..., 2 * I)
+    fused_gated_mlp:  out = act(x @ gate_weight.T) * (x @ up_weight.T)   x (..., K), weights (I, K), or packed as (2 * I, K)
+
+act is silu (x * sigmoid(x)), gelu (x * Phi(x)) or gelu_tanh (its tanh approximation). Weights are (I, K) as in nn.Linear.
+
+Cost. Elementwise: memory-bound, 3 * itemsize bytes an element forward (5 backward: gate, up, dout in, two gradients out).
+Gated product: 4 * M * I * K operations and (2 * I * K + M * K + M * I) * itemsize bytes: bound by the weights' bytes up to some
+200 rows of x on an H200, by the tensor cores from there on. Neither product ever reaches memory, nor is x read twice.
+Numerics. float32 inside, products included (IEEE, no TF32), and one rounding, at the end. Under autograd the gated product
+keeps gate and up for the backward pass, rounded to x.dtype as two nn.Linear would leave them.
+Source: Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no Triton on this platform: the twins serve every call
+    triton = None
+
+# Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def _upcast(t):
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def swiglu_torch(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
+    """Twin of swiglu_fused."""
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return (_ACTIVATIONS[activation](_upcast(gate)) * _upcast(up)).to(gate.dtype)
+
+
+def gated_mlp_torch(x: Tensor, gate_weight: Tensor, up_weight: Tensor | None = None, activation: str = "silu") -> Tensor:
+    """Twin of fused_gated_mlp."""
+    if up_weight is None:
+        gate_weight, up_weight = gate_weight.chunk(2)
+    with torch.autocast(x.device.type, enabled=False):  # it would take the float32 products back to 16 bits
+        gate, up = (F.linear(_upcast(x), _upcast(w).to(_upcast(x).dtype)) for w in (gate_weight, up_weight))
+        return (_ACTIVATIONS[activation](gate) * up).to(x.dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _act(x, ACT: tl.constexpr):
+        if ACT == "silu":
+            y = x / (1 + tl.exp(-x))
+        elif ACT == "gelu":
+            y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+        else:  # (1 + tanh(u)) / 2 = sigmoid(2 * u)
+            y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return y
+
+    @triton.jit
+    def _act_and_derivative(x, ACT: tl.constexpr):
+        if ACT == "silu":
+            s = 1 / (1 + tl.exp(-x))
+            y = x * s
+            dy = s * (1 + x * (1 - s))
+        elif ACT == "gelu":
+            phi = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+            y = x * phi
+            dy = phi + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        else:
+            z = tl.minimum(tl.maximum(x, -20.0), 20.0)  # beyond, s is 0 or 1, and x * x would make 0 * inf = NaN of a huge x
+            e = tl.exp(-1.5957691216057308 * tl.abs(z + 0.044715 * z * z * z))
+            q = 1 / (1 + e)  # s * (1 - s) = e * q * q without the cancellation of 1 - s
+            s = tl.where(z > 0, q, e * q)
+            y = x * s
+            dy = s + x * (e * q * q) * (1.5957691216057308 + 0.21406444881780074 * z * z)
+        return y, dy
+
+    @triton.jit
+    def _swiglu_fwd_kernel(
+        gate_ptr, up_ptr, out_ptr, stride_gm, stride_um, stride_om, I, ACT: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        blocks = tl.cdiv(I, BLOCK)
+        row = (tl.program_id(0) // blocks).to(tl.int64)
+        cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = cols < I
+        gate = tl.load(gate_ptr + row * stride_gm + cols, mask).to(tl.float32)
+        up = tl.load(up_ptr + row * stride_um + cols, mask).to(tl.float32)
+        tl.store(out_ptr + row * stride_om + cols, _act(gate, ACT) * up, mask)
+
+    @triton.jit
+    def _swiglu_bwd_kernel(
+        dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,  # dgate and dup are None where nothing asks for them
+        stride_dom, stride_gm, stride_um, stride_dm, I, ACT: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        blocks = tl.cdiv(I, BLOCK)
+        row = (tl.program_id(0) // blocks).to(tl.int64)
+        cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = cols < I
+        dout = tl.load(dout_ptr + row * stride_dom + cols, mask).to(tl.float32)
+        act, derivative = _act_and_derivative(tl.load(gate_ptr + row * stride_gm + cols, mask).to(tl.float32), ACT)
+        if dgate_ptr is not None:
+            up = tl.load(up_ptr + row * stride_um + cols, mask).to(tl.float32)
+            tl.store(dgate_ptr + row * stride_dm + cols, dout * up * derivative, mask)
+        if dup_ptr is not None:
+            tl.store(dup_ptr + row * stride_dm + cols, dout * act, mask)
+
+    @triton.jit(do_not_specialize=["M"])
+    def _gated_mlp_kernel(
+        x_ptr, gate_w_ptr, up_w_ptr, out_ptr, pre_ptr,  # pre: None, or gate and up for the backward pass, (2, M, I)
+        stride_xm, stride_gi, stride_ui, M, I, K,
+        ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr
+    ):  # fmt: skip
+        # The weights are the left operand: with few rows of x they fill the tensor cores' longer side
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        offs_m = (tl.program_id(0) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_i = (tl.program_id(0) // tiles_m).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+        offs_k = tl.arange(0, BLOCK_K)
+        mask_m, mask_i = (offs_m < M)[None, :], (offs_i < I)[:, None]
+        x_ptrs = x_ptr + offs_m[None, :] * stride_xm + offs_k[:, None]
+        gate_ptrs = gate_w_ptr + offs_i[:, None] * stride_gi + offs_k[None, :]
+        up_ptrs = up_w_ptr + offs_i[:, None] * stride_ui + offs_k[None, :]
+        gate = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
+        up = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            mask_k = offs_k < K - k
+            x = tl.load(x_ptrs + k, mask_m & mask_k[:, None], 0.0)
+            gate_w = tl.load(gate_ptrs + k, mask_i & mask_k[None, :], 0.0)
+            up_w = tl.load(up_ptrs + k, mask_i & mask_k[None, :], 0.0)
+            gate = tl.dot(gate_w, x, gate, input_precision="ieee")
+            up = tl.dot(up_w, x, up, input_precision="ieee")
+        offs_out = offs_m[None, :] * I + offs_i[:, None]
+        tl.store(out_ptr + offs_out, _act(gate, ACT) * up, mask_m & mask_i)
+        if pre_ptr is not None:
+            tl.store(pre_ptr + offs_out, gate, mask_m & mask_i)
+            tl.store(pre_ptr + M.to(tl.int64) * I + offs_out, up, mask_m & mask_i)
+
+    @triton.jit(do_not_specialize=["M"])
+    def _gated_mlp_tma_kernel(
+        x_desc, w_desc, out_desc, pre_desc, M, I, K,
+        ACT: tl.constexpr, UP_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr
+    ):  # fmt: skip
+        tiles_m, tiles_i = tl.cdiv(M, BLOCK_M), tl.cdiv(I, BLOCK_I)
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_i, tl.num_programs(0), flatten=True):
+            first = tile // (GROUP_M * tiles_i) * GROUP_M  # GROUP_M rows of tiles share the weights in L2
+            group = tl.minimum(tiles_m - first, GROUP_M)
+            m = (first + tile % (GROUP_M * tiles_i) % group) * BLOCK_M
+            i = tile % (GROUP_M * tiles_i) // group * BLOCK_I
+            acc = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
+            for k in range(0, tl.cdiv(K, BLOCK_K)):
+                x = x_desc.load([m, k * BLOCK_K])
+                # gate's and up's rows lie one above the other: one product twice as wide, the tensor cores' favourite
+                w = w_desc.load([0, i, k * BLOCK_K]).reshape(2 * BLOCK_I, BLOCK_K)
+                acc = tl.dot(x, w.T, acc)
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_I)), (0, 2, 1)))
+            if UP_FIRST:
+                gate, up = up, gate
+            out_desc.store([m, i], (_act(gate, ACT) * up).to(out_desc.dtype))
+            if pre_desc is not None:
+                pre_desc.store([0, m, i], gate.to(pre_desc.dtype).reshape(1, BLOCK_M, BLOCK_I))
+                pre_desc.store([1, m, i], up.to(pre_desc.dtype).reshape(1, BLOCK_M, BLOCK_I))
+
+
+def _kernel_serves(*tensors) -> bool:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
+    if triton is None:
+        return False
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def _rows(t):
+    """t as a matrix whose columns are adjacent: a view wherever the strides allow one."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _swiglu_forward(gate, up, activation):
+    if up is None:
+        gate, up = gate.chunk(2, dim=1)
+    M, I = gate.shape
+    out = gate.new_empty(M, I)
+    BLOCK = 1024
+    _swiglu_fwd_kernel[(M * triton.cdiv(I, BLOCK),)](
+        gate, up, out, gate.stride(0), up.stride(0), out.stride(0), I, activation, BLOCK, num_warps=4
+    )
+    return out
+
+
+def _swiglu_backward(dout, gate, up, dgate, dup, activation):
+    """Writes dgate and dup, one of which may be None; the two share their row stride."""
+    M, I = gate.shape
+    stride_dm = (dup if dgate is None else dgate).stride(0)
+    BLOCK = 1024
+    _swiglu_bwd_kernel[(M * triton.cdiv(I, BLOCK),)](
+        dout, gate, up, dgate, dup,
+        dout.stride(0), gate.stride(0), up.stride(0), stride_dm, I, activation, BLOCK, num_warps=4
+    )  # fmt: skip
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _swiglu_forward(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        gate, up = ctx.saved_tensors
+        dout = _rows(dout)
+        if up is None:  # one gradient for the packed pair, as it came
+            dgate, dup = gate.new_empty(gate.shape), None
+            _swiglu_backward(dout, *gate.chunk(2, dim=1), *dgate.chunk(2, dim=1), ctx.activation)
+        else:
+            dgate, dup = (gate.new_empty(gate.shape) if needed else None for needed in ctx.needs_input_grad[:2])
+            _swiglu_backward(dout, gate, up, dgate, dup, ctx.activation)
+        return dgate, dup, None
+
+
+def _check_tensor(name, t, like=None):
+    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if like is not None and t.device != like[1].device:
+        raise ValueError(f"{name} must be on {like[0]}'s device {like[1].device}, got {t.device}")
+
+
+def _check_activation(activation):
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+
+
+def swiglu_fused(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
+    """act(gate) * up in one pass; the result has gate's dtype. Differentiable in gate and up.
+
+    Args:
+        gate: (..., I), float16, bfloat16 or float32, any strides; without up packed as (..., 2 * I), gate first
+        up: gate's shape and dtype
+        activation: "silu", "gelu" (erf) or "gelu_tanh"
+
+    Raises: ValueError for shapes or devices that differ, an odd packed width, an unknown activation; TypeError for dtypes.
+    """
+    _check_activation(activation)
+    _check_tensor("gate", gate)
+    if up is None:
+        if gate.dim() == 0 or gate.shape[-1] % 2:
+            raise ValueError(f"gate without up must be packed as (..., 2 * I), got shape {tuple(gate.shape)}")
+    else:
+        _check_tensor("up", up, ("gate", gate))
+        if up.shape != gate.shape:
+            raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
+        if up.dtype != gate.dtype:
+            raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
+    if not gate.numel() or not _kernel_serves(gate, up):
+        return swiglu_torch(gate, up, activation)
+    if gate.is_cuda and not torch.compiler.is_compiling() and gate.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(gate.device):  # Triton launches on the current device, not on gate's
+            return swiglu_fused(gate, up, activation)
+
+    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
+    if up is not None and gate.is_contiguous() and up.is_contiguous():
+        gate, up = gate.view(1, -1), up.view(1, -1)  # one long row: whatever I is, no block is cut short by a row's end
+    else:
+        gate, up = _rows(gate), None if up is None else _rows(up)
+    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
+        return _SwiGLU.apply(gate, up, activation).view(shape)
+    return _swiglu_forward(gate, up, activation).view(shape)
+
+
+def _descriptors_serve(*tensors) -> bool:
+    """True where TMA can read these matrices: Hopper and later, rows that start at multiples of 16 bytes."""
+    device = tensors[0].device
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9):
+        return False
+    for t in tensors:
+        # data_ptr() can't be traced; the compiler's own inputs are aligned, so the offset tells
+        start = t.storage_offset() * t.element_size() if torch.compiler.is_compiling() else t.data_ptr()
+        if t.element_size() != 2 or start % 16 or t.stride(0) % 8 or t.stride(0) < t.shape[1]:
+            return False
+    return True
+
+
+def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
+    """(M, K) x and weights of one dtype -> out of `dtype` and, for the backward pass, (2, M, I) gate and up."""
+    if up_weight is None:
+        gate_weight, up_weight = gate_weight.chunk(2)
+    (M, K), I = x.shape, gate_weight.shape[0]
+    out = x.new_empty(M, I, dtype=dtype)
+    pre = x.new_empty(2, M, I) if save else None
+    if M > 64 and _descriptors_serve(x, gate_weight, up_weight, out):
+        BLOCK_M, BLOCK_I, BLOCK_K = 128, 128, 64
+        first, second = sorted((gate_weight, up_weight), key=Tensor.data_ptr)
+        apart = (second.data_ptr() - first.data_ptr()) // x.element_size()
+        weights = TensorDescriptor(first, [2, I, K], [apart, first.stride(0), 1], [2, BLOCK_I, BLOCK_K])
+        tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(I, BLOCK_I)
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+        _gated_mlp_tma_kernel[(min(tiles, programs),)](
+            TensorDescriptor.from_tensor(x, [BLOCK_M, BLOCK_K]), weights,
+            TensorDescriptor.from_tensor(out, [BLOCK_M, BLOCK_I]),
+            None if pre is None else TensorDescriptor.from_tensor(pre, [1, BLOCK_M, BLOCK_I]),
+            M, I, K, activation, first is up_weight, BLOCK_M, BLOCK_I, BLOCK_K, GROUP_M=8,
+            num_warps=8, num_stages=4 if pre is None else 3
+        )  # fmt: skip
+        return out, pre
+    BLOCK_M, BLOCK_I, BLOCK_K = (16 if M <= 16 else 32 if M <= 32 else 64), 32, 128
+    _gated_mlp_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(I, BLOCK_I),)](
+        x, gate_weight, up_weight, out, pre, x.stride(0), gate_weight.stride(0), up_weight.stride(0), M, I, K,
+        activation, BLOCK_M, BLOCK_I, BLOCK_K, num_warps=4, num_stages=4
+    )  # fmt: skip
+    return out, pre
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate_weight, up_weight, activation, dtype):
+        out, pre = _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save=True)
+        ctx.save_for_backward(x, gate_weight, up_weight, pre)
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, gate_weight, up_weight, pre = ctx.saved_tensors
+        (M, K), I = x.shape, pre.shape[2]
+        d = x.new_empty(M, 2 * I)
+        dgate, dup = d.chunk(2, dim=1)
+        _swiglu_backward(_rows(dout), pre[0], pre[1], dgate, dup, ctx.activation)
+        dx = dgate_weight = dup_weight = None
+        if up_weight is None:
+            if ctx.needs_input_grad[0]:
+                dx = d @ gate_weight
+            if ctx.needs_input_grad[1]:
+                dgate_weight = d.T @ x
+        else:
+            if ctx.needs_input_grad[0]:
+                dx = torch.addmm(dgate @ gate_weight, dup, up_weight)
+            if ctx.needs_input_grad[1]:
+                dgate_weight = dgate.T @ x
+            if ctx.needs_input_grad[2]:
+                dup_weight = dup.T @ x
+        return dx, dgate_weight, dup_weight, None, None
+
+
+def fused_gated_mlp(
+    x: Tensor, gate_weight: Tensor, up_weight: Tensor | None = None, activation: str = "silu"
+) -> Tensor:
+    """act(x @ gate_weight.T) * (x @ up_weight.T) in one kernel; the result (..., I) has x's dtype, under autocast
+    autocast's, as F.linear. Differentiable in x and the weights.
+
+    Args:
+        x: (..., K), float16, bfloat16 or float32
+        gate_weight, up_weight: (I, K), or without up_weight both packed as (2 * I, K), gate first; any float dtype
+        activation: "silu", "gelu" (erf) or "gelu_tanh"
+
+    Raises: ValueError for shapes or devices that do not fit, an unknown activation; TypeError for dtypes.
+    """
+    _check_activation(activation)
+    _check_tensor("x", x)
+    _check_tensor("gate_weight", gate_weight, ("x", x))
+    if x.dim() == 0:
+        raise ValueError("x must have shape (..., K), got ()")
+    if gate_weight.dim() != 2 or gate_weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"gate_weight must have shape (I, {x.shape[-1]}), got {tuple(gate_weight.shape)}")
+    if up_weight is None:
+        if gate_weight.shape[0] % 2:
+            raise ValueError(f"gate_weight without up_weight must be packed as (2 * I, K), got {tuple(gate_weight.shape)}")
+    else:
+        _check_tensor("up_weight", up_weight, ("x", x))
+        if up_weight.shape != gate_weight.shape:
+            raise ValueError(f"up_weight must have gate_weight's shape {tuple(gate_weight.shape)}, got {tuple(up_weight.shape)}")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, gate_weight, up_weight = (t if t is None else t.to(dtype) for t in (x, gate_weight, up_weight))
+    if (
+        not x.numel() or not gate_weight.numel() or not _kernel_serves(x, gate_weight, up_weight)
+        or (x.is_cpu and x.dtype == torch.bfloat16)  # the interpreter multiplies bfloat16 wrongly
+    ):  # fmt: skip
+        return gated_mlp_torch(x, gate_weight, up_weight, activation)
+    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
+            return fused_gated_mlp(x, gate_weight, up_weight, activation)
+
+    shape, dtype = (*x.shape[:-1], gate_weight.shape[0] // (2 if up_weight is None else 1)), x.dtype
+    common = torch.promote_types(dtype, gate_weight.dtype)
+    if up_weight is None:
+        weights = (_rows(gate_weight.to(common)), None)
+    else:
+        common = torch.promote_types(common, up_weight.dtype)
+        weights = (_rows(gate_weight.to(common)), _rows(up_weight.to(common)))
+    x = _rows(x.to(common))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        return _GatedMLP.apply(x, *weights, activation, dtype).view(shape)
+    return _gated_mlp_forward(x, *weights, activation, dtype, save=False)[0].view(shape)
+
+
+class SwiGLU(nn.Module):
+    """The whole feed-forward block, down_proj(act(gate_proj(x)) * up_proj(x)), with the parameter names of a Hugging Face
+    MLP. The projections are called as the modules they are: hooks, quantised replacements and tensor parallelism fit."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, bias: bool = False, activation: str = "silu", *,
+        device=None, dtype=None
+    ):  # fmt: skip
+        super().__init__()
+        _check_activation(activation)
+        self.activation = activation
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu_fused(self.gate_proj(x), self.up_proj(x), self.activation))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+class FusedGatedMLP(nn.Module):
+    """The gated expansion of a feed-forward block, without its down projection: fused_gated_mlp with its weights."""
+
+    def __init__(
+        self, hidden_dim: int, intermediate_dim: int, activation: str = "silu", *, device=None, dtype=None
+    ):
+        super().__init__()
+        _check_activation(activation)
+        self.hidden_dim, self.intermediate_dim, self.activation = hidden_dim, intermediate_dim, activation
+        self.gate_weight = nn.Parameter(torch.empty(intermediate_dim, hidden_dim, device=device, dtype=dtype))
+        self.up_weight = nn.Parameter(torch.empty(intermediate_dim, hidden_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.gate_weight, self.up_weight):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_gated_mlp(x, self.gate_weight, self.up_weight, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"hidden_dim={self.hidden_dim}, intermediate_dim={self.intermediate_dim}, activation={self.activation!r}"
