@@ -388,7 +388,7 @@ def fused_gated_mlp(
         _check_tensor("up_weight", up_weight, ("x", x))
         if up_weight.shape != gate_weight.shape:
             raise ValueError(f"up_weight must have gate_weight's shape {tuple(gate_weight.shape)}, got {tuple(up_weight.shape)}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_weight, up_weight = (t if t is None else t.to(dtype) for t in (x, gate_weight, up_weight))
     if (

@@ -1,0 +1,392 @@
+"""RMSNorm, alone or of a residual sum.
+
+    rmsnorm:                 y = x / sqrt(mean(x^2) + eps) * (offset + weight)          x (..., N), weight (N,)
+    rmsnorm_residual_fused:  the same of h = x + residual, which it returns on request: what a pre-norm block needs
+
+Cost. Memory-bound: x is read once and y written once, 2 * M * N * itemsize bytes (4 * M * N with the residual and h);
+backward 3 * M * N: x and dy in, dx out. Rows too long for the registers are read twice, the second time mostly from L2.
+Numerics. float32 inside, one rounding, at the end. h is rounded to residual's dtype first and then normalised, as in a
+model that adds and then norms. casting="llama" rounds the normalised row to x.dtype before the weight multiplies it.
+Backward: with g = dy * (offset + weight) and xhat = x * rstd, dx = rstd * (g - xhat * mean(g * xhat)); the weight's
+gradient is summed in float32, one partial sum for each program, without atomics: the same bits every time.
+Sources: Zhang and Sennrich, https://arxiv.org/abs/1910.07467; LlamaRMSNorm and Gemma's offset of 1 as in
+https://github.com/huggingface/transformers (models/llama, models/gemma).
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: the twins serve every call
+    triton = None
+
+# Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rmsnorm_torch(
+    x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6, *, offset: float = 0.0, casting: str = "torch"
+) -> Tensor:
+    """Twin of rmsnorm."""
+    return _normalise(x, weight, eps, offset, casting, x.dtype)
+
+
+def rmsnorm_residual_torch(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6, *, offset: float = 0.0,
+    casting: str = "torch", return_residual: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Twin of rmsnorm_residual_fused."""
+    h = (x.to(_wide(x)) + residual).to(residual.dtype)
+    y = _normalise(h, weight, eps, offset, casting, x.dtype)
+    return (y, h) if return_residual else y
+
+
+def _wide(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _normalise(h, weight, eps, offset, casting, dtype):
+    h = h.to(_wide(h))
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + _eps(h, eps))
+    if casting == "llama":
+        y = y.to(dtype).to(h.dtype)
+    return (y if weight is None else y * (offset + weight.to(h.dtype))).to(dtype)
+
+
+def _eps(x, eps):
+    # PyTorch's own default: the epsilon of the dtype that the sum is taken in
+    return torch.finfo(_wide(x)).eps if eps is None else eps
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load_sum(x_ptr, res_ptr, mask, POLICY: tl.constexpr):
+        h = tl.load(x_ptr, mask, 0.0, eviction_policy=POLICY).to(tl.float32)
+        if res_ptr is not None:
+            res = tl.load(res_ptr, mask, 0.0, eviction_policy=POLICY)
+            h = (h + res.to(tl.float32)).to(res.dtype).to(tl.float32)
+        return h
+
+    @triton.jit
+    def _load_weight(w_ptr, cols, mask, offset):
+        w = 1.0
+        if w_ptr is not None:
+            w = tl.load(w_ptr + cols, mask, 0.0).to(tl.float32) + tl.cast(offset, tl.float32)
+        return w
+
+    @triton.jit
+    def _round(xhat, DTYPE: tl.constexpr, LLAMA: tl.constexpr):
+        if LLAMA:
+            xhat = xhat.to(DTYPE).to(tl.float32)
+        return xhat
+
+    # M is not specialised: a new number of rows never compiles anew. res, w, h and rstd may be None
+    @triton.jit(do_not_specialize=["M"])
+    def _rmsnorm_fwd_kernel(
+        x_ptr, res_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, stride_xm, stride_rm, M, N, eps, offset,
+        LLAMA: tl.constexpr, LOOP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    ):  # fmt: skip
+        rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+        cols = tl.arange(0, BLOCK_N)[None, :]
+        x_ptr += rows * stride_xm
+        if res_ptr is not None:
+            res_ptr += rows * stride_rm
+        DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+        squares = tl.zeros((BLOCK_M, 1), tl.float32)
+        last = 0
+        if LOOP:  # a long row is read twice, all but its last block, which stays in registers
+            last = (tl.cdiv(N, BLOCK_N) - 1) * BLOCK_N
+            for start in range(0, last, BLOCK_N):
+                at = start + cols
+                h = _load_sum(x_ptr + at, None if res_ptr is None else res_ptr + at, rows < M, "evict_last")
+                if h_ptr is not None:
+                    tl.store(h_ptr + rows * N + at, h, rows < M)
+                squares += tl.sum(h * h, axis=1, keep_dims=True)
+        at = last + cols
+        mask = (rows < M) & (at < N)
+        h = _load_sum(x_ptr + at, None if res_ptr is None else res_ptr + at, mask, "evict_first")
+        w = _load_weight(w_ptr, at, at < N, offset)  # before the sum is complete: under way meanwhile
+        if h_ptr is not None:
+            tl.store(h_ptr + rows * N + at, h, mask)
+        squares += tl.sum(h * h, axis=1, keep_dims=True)
+        rstd = tl.rsqrt(squares / N + tl.cast(eps, tl.float32))
+        if rstd_ptr is not None:
+            tl.store(rstd_ptr + rows, rstd, rows < M)
+        tl.store(y_ptr + rows * N + at, _round(h * rstd, DTYPE, LLAMA) * w, mask)
+        if LOOP:
+            for start in range(0, last, BLOCK_N):
+                at = start + cols
+                h = _load_sum(x_ptr + at, None if res_ptr is None else res_ptr + at, rows < M, "evict_first")
+                w = _load_weight(w_ptr, at, at < N, offset)
+                tl.store(y_ptr + rows * N + at, _round(h * rstd, DTYPE, LLAMA) * w, rows < M)
+
+    @triton.jit
+    def _rmsnorm_mean_kernel(
+        h_ptr, w_ptr, rstd_ptr, dy_ptr, mean_ptr, stride_hm, stride_dym, N, offset, BLOCK_N: tl.constexpr
+    ):
+        """mean(g * xhat) of each row, for rows too long for _rmsnorm_bwd_kernel to hold whole."""
+        row = tl.program_id(0).to(tl.int64)
+        sums = tl.zeros((BLOCK_N,), tl.float32)
+        for start in tl.range(0, N, BLOCK_N, num_stages=3):
+            cols = start + tl.arange(0, BLOCK_N)
+            h = tl.load(h_ptr + row * stride_hm + cols, cols < N, 0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + row * stride_dym + cols, cols < N, 0.0).to(tl.float32)
+            sums += h * dy * _load_weight(w_ptr, cols, cols < N, offset)
+        tl.store(mean_ptr + row, tl.sum(sums) * tl.load(rstd_ptr + row) / N)
+
+    # A program walks over the rows of one block of columns and sums its own row of dw (programs, N). w, mean (where the
+    # block is the whole row), dh, dx, dres and dw may be None
+    @triton.jit(do_not_specialize=["M", "programs"])
+    def _rmsnorm_bwd_kernel(
+        h_ptr, w_ptr, rstd_ptr, mean_ptr, dy_ptr, dh_ptr, dx_ptr, dres_ptr, dw_ptr, stride_hm, stride_dym, stride_dhm,
+        M, N, programs, offset, LLAMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
+    ):  # fmt: skip
+        first = tl.program_id(0) % programs
+        cols = tl.program_id(0) // programs * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+        w = _load_weight(w_ptr, cols, cols < N, offset)
+        dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # Without the stages a program waits for each row's loads in turn: 266 us at 16384x8192 instead of 199
+        for tile in tl.range(first, tl.cdiv(M, BLOCK_M), programs, num_stages=STAGES):
+            rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
+            mask = (rows < M) & (cols < N)
+            rstd = tl.load(rstd_ptr + rows, rows < M, 0.0)
+            xhat = tl.load(h_ptr + rows * stride_hm + cols, mask, 0.0).to(tl.float32) * rstd
+            dy = tl.load(dy_ptr + rows * stride_dym + cols, mask, 0.0).to(tl.float32)
+            if dw_ptr is not None:
+                dw += dy * _round(xhat, DTYPE, LLAMA)
+            if dx_ptr is not None:
+                g = dy * w
+                if mean_ptr is None:
+                    mean = tl.sum(g * xhat, axis=1, keep_dims=True) / N
+                else:
+                    mean = tl.load(mean_ptr + rows, rows < M, 0.0)
+                dx = rstd * (g - xhat * mean)
+                if dh_ptr is not None:
+                    dx += tl.load(dh_ptr + rows * stride_dhm + cols, mask, 0.0).to(tl.float32)
+                tl.store(dx_ptr + rows * N + cols, dx, mask)
+                if dres_ptr is not None:
+                    tl.store(dres_ptr + rows * N + cols, dx, mask)
+        if dw_ptr is not None:
+            tl.store(dw_ptr + first.to(tl.int64) * N + cols, tl.sum(dw, axis=0, keep_dims=True), cols < N)
+
+
+def _kernel_serves(*tensors) -> bool:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
+    if triton is None:
+        return False
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def _rows(t):
+    """t as a matrix whose columns are adjacent: a view wherever the strides allow one."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _block(N):
+    return 1 << max(N - 1, 15).bit_length()  # the next power of 2, 16 at least
+
+
+def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
+    M, N = x.shape
+    y = x.new_empty(M, N)
+    h = residual.new_empty(M, N) if keep_h else None
+    rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
+    # Whole rows up to 16384 columns, 32 elements a thread: 0.95 of an H200's copy rate at 16384x4096 and 16384x8192.
+    # Beyond, steps of 4096 (298 us at 16384x18944) or for the longest 32768 (152 us at 1024x131072; of 4096 191 us)
+    BLOCK_N = _block(N) if N <= 16384 else 4096 if N < 65536 else 65536 // x.element_size()
+    BLOCK_M = max(2048 // BLOCK_N, 1)
+    num_warps = min(max(BLOCK_M * BLOCK_N // 1024, 4), 16) if N <= 16384 else 16
+    _rmsnorm_fwd_kernel[(-(-M // BLOCK_M),)](
+        x, residual, weight, y, h, rstd, x.stride(0), 0 if residual is None else residual.stride(0), M, N,
+        eps, offset, casting == "llama", N > BLOCK_N, BLOCK_M, BLOCK_N, num_warps=num_warps
+    )  # fmt: skip
+    return y, h, rstd
+
+
+def _backward(h, weight, rstd, dy, dh, dtypes, offset, casting):
+    """Gradients of x, residual and weight; dtypes holds theirs, None for one that nothing asks for."""
+    M, N = h.shape
+    dx_dtype, dres_dtype, dw_dtype = dtypes
+    same = dx_dtype is None or dres_dtype is None or dx_dtype == dres_dtype  # then one tensor serves both
+    dx_dtype = dres_dtype if dx_dtype is None else dx_dtype
+    dx = None if dx_dtype is None else h.new_empty(M, N, dtype=dx_dtype)
+    dres = None if same else h.new_empty(M, N, dtype=dres_dtype)
+    # Tiles of 8192 elements, one program an SM, loads two tiles ahead, or three where the mask cuts rows short (71 us
+    # instead of 82 at 16384x2560), as far as shared memory goes
+    BLOCK_N = _block(N) if N <= 8192 else 4096
+    BLOCK_M = 8192 // BLOCK_N
+    processors, room = 4, 0
+    if h.is_cuda:
+        properties = torch.cuda.get_device_properties(h.device)
+        processors, room = properties.multi_processor_count, properties.shared_memory_per_block_optin or 65536
+    stage = 8192 * sum(t.element_size() for t in (h, dy, dh) if t is not None)
+    stages = min(3 + (N % BLOCK_N > 0), max((room - 16384) // stage, 0) + 1)
+    blocks = -(-N // BLOCK_N)
+    programs = min(-(-M // BLOCK_M), max(processors // blocks, 1))
+    mean = None
+    if blocks > 1 and dx is not None:  # 320 us at 4096x32768; sums of dw kept in L2 by programs with whole rows: 526
+        mean = torch.empty_like(rstd)
+        _rmsnorm_mean_kernel[(M,)](
+            h, weight, rstd, dy, mean, h.stride(0), dy.stride(0), N, offset, 8192, num_warps=16
+        )
+    dw = None if dw_dtype is None else h.new_empty(programs, N, dtype=torch.float32)
+    _rmsnorm_bwd_kernel[(programs * blocks,)](
+        h, weight, rstd, mean, dy, dh, dx, dres, dw, h.stride(0), dy.stride(0), 0 if dh is None else dh.stride(0),
+        M, N, programs, offset, casting == "llama", BLOCK_M, BLOCK_N, stages, num_warps=8
+    )  # fmt: skip
+    dw = None if dw is None else dw.sum(0).to(dw_dtype)
+    return None if dtypes[0] is None else dx, None if dtypes[1] is None else dx if same else dres, dw
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, offset, casting):
+        y, h, rstd = _forward(x, residual, weight, eps, offset, casting, residual is not None, True)
+        ctx.save_for_backward(x if h is None else h, weight, rstd)
+        ctx.options = offset, casting
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight)]
+        return y if h is None else (y, h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh=None):
+        h, weight, rstd = ctx.saved_tensors
+        dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad)]
+        dh = dh if dh is None else _rows(dh)
+        return *_backward(h, weight, rstd, _rows(dy), dh, dtypes, *ctx.options), None, None, None
+
+
+def _check(x, residual, weight, casting):
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for name, t in (("x", x), ("residual", residual), ("weight", weight)):
+        if t is None:
+            continue
+        if t.dtype not in floats:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    if x.dim() == 0:
+        raise ValueError("x must have shape (..., N), got ()")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must have shape ({x.shape[-1]},), got {tuple(weight.shape)}")
+    if casting not in ("torch", "llama"):
+        raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")
+
+
+def _autocast(x):
+    """x in the dtype that F.rms_norm takes it to where autocast is on (float32 in newer releases, on CUDA)."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x = x.to(F.rms_norm(x.new_empty(0, 1), (1,)).dtype)
+    return x
+
+
+def rmsnorm(
+    x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6, *, offset: float = 0.0, casting: str = "torch"
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension, in x's dtype. Differentiable in x and
+    weight.
+
+    Args:
+        x: (..., N), float16, bfloat16 or float32, any strides, rows of any length
+        weight: (N,), any float dtype, or None for 1
+        eps: None is PyTorch's own default, the epsilon of float32
+        offset: added to the weight in float32; Gemma's is 1
+        casting: "torch": one rounding, at the end, as torch.nn.RMSNorm; "llama": the normalised row is rounded to
+            x.dtype before the weight multiplies it, as LlamaRMSNorm
+
+    Raises: ValueError for shapes or devices that do not fit and an unknown casting; TypeError for dtypes.
+    """
+    _check(x, None, weight, casting)
+    x = _autocast(x)
+    if not x.numel() or not _kernel_serves(x, weight):
+        return rmsnorm_torch(x, weight, eps, offset=offset, casting=casting)
+    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
+            return rmsnorm(x, weight, eps, offset=offset, casting=casting)
+    shape, x, eps, offset = x.shape, _rows(x), float(_eps(x, eps)), float(offset)
+    weight = weight if weight is None else weight.contiguous()
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return _RMSNorm.apply(x, None, weight, eps, offset, casting).view(shape)
+    return _forward(x, None, weight, eps, offset, casting, False, False)[0].view(shape)
+
+
+def rmsnorm_residual_fused(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6, *, offset: float = 0.0,
+    casting: str = "torch", return_residual: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """rmsnorm of x + residual, which is added in float32 and rounded to residual's dtype first; with
+    return_residual=True the pair (y, x + residual). Differentiable in x, residual and weight, through both results.
+
+    Args:
+        x, weight, eps, offset, casting: as in rmsnorm; y has x's dtype
+        residual: x's shape, any float dtype: a float32 residual stream stays float32
+
+    Raises: ValueError for shapes or devices that do not fit and an unknown casting; TypeError for dtypes.
+    """
+    _check(x, residual, weight, casting)
+    x = _autocast(x)
+    options = {"offset": offset, "casting": casting, "return_residual": return_residual}
+    if not x.numel() or not _kernel_serves(x, residual, weight):
+        return rmsnorm_residual_torch(x, residual, weight, eps, **options)
+    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return rmsnorm_residual_fused(x, residual, weight, eps, **options)
+    shape, x, residual, eps, offset = x.shape, _rows(x), _rows(residual), float(_eps(x, eps)), float(offset)
+    weight = weight if weight is None else weight.contiguous()
+    if torch.is_grad_enabled() and (
+        x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
+    ):
+        y, h = _RMSNorm.apply(x, residual, weight, eps, offset, casting)
+    else:
+        y, h, _ = _forward(x, residual, weight, eps, offset, casting, return_residual, False)
+    return (y.view(shape), h.view(shape)) if return_residual else y.view(shape)
+
+
+class TritonRMSNorm(nn.RMSNorm):
+    """Drop-in for torch.nn.RMSNorm over one dimension: norm(x) -> y; norm(x, residual) -> (y, x + residual).
+
+    The weight starts at 1 - offset (Gemma's, with offset=1, at 0); eps=None is PyTorch's own default.
+    """
+
+    def __init__(
+        self, hidden_size: int | tuple[int], eps: float | None = 1e-6, elementwise_affine: bool = True, *,
+        offset: float = 0.0, casting: str = "torch", device=None, dtype=None
+    ):  # fmt: skip
+        if not isinstance(hidden_size, int) and len(hidden_size) != 1:
+            raise ValueError(f"hidden_size must be an int or hold one, got {tuple(hidden_size)}")
+        if casting not in ("torch", "llama"):
+            raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")
+        self.offset, self.casting = offset, casting  # before nn.RMSNorm's own, which calls reset_parameters
+        super().__init__(hidden_size, eps, elementwise_affine, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        if self.elementwise_affine:
+            nn.init.constant_(self.weight, 1 - self.offset)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        options = {"offset": self.offset, "casting": self.casting}
+        if x.shape[-1:] != self.normalized_shape:  # without a weight nothing else would tell
+            raise ValueError(f"x must have shape (..., {self.normalized_shape[0]}), got {tuple(x.shape)}")
+        if residual is None:
+            return rmsnorm(x, self.weight, self.eps, **options)
+        return rmsnorm_residual_fused(x, residual, self.weight, self.eps, return_residual=True, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, offset={self.offset}, casting={self.casting!r}"
