@@ -53,9 +53,11 @@ def gated_mlp_torch(x: Tensor, gate_weight: Tensor, up_weight: Tensor | None = N
     """Twin of fused_gated_mlp."""
     if up_weight is None:
         gate_weight, up_weight = gate_weight.chunk(2)
-    with torch.autocast(x.device.type, enabled=False):  # it would take the float32 products back to 16 bits
-        gate, up = (F.linear(_upcast(x), _upcast(w).to(_upcast(x).dtype)) for w in (gate_weight, up_weight))
-        return (_ACTIVATIONS[activation](gate) * up).to(x.dtype)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it would take the products back to 16 bits
+        with torch.autocast(x.device.type, enabled=False):
+            return gated_mlp_torch(x, gate_weight, up_weight, activation)
+    gate, up = (F.linear(_upcast(x), _upcast(w).to(_upcast(x).dtype)) for w in (gate_weight, up_weight))
+    return (_ACTIVATIONS[activation](gate) * up).to(x.dtype)
 
 
 if triton is not None:

@@ -1,0 +1,652 @@
+"""RMSNorm and RoPE in one pass: what a query or key goes through between its projection and attention.
+
+    n = x / sqrt(mean(x^2) + eps) * (offset + weight)         over the whole row (OLMo 2) or each head (Qwen 3, Gemma 3)
+    (y0, y1) = (n0 * cos - n1 * sin, n1 * cos + n0 * sin)     for each pair of each head, as in rope.py
+
+    fused_rmsnorm_rope:  x (B, S, H * D) -> the same shape
+    fused_qk_norm_rope:  packed qkv (B, S, (Hq + 2 * Hk) * D) -> q, k, v: q and k normed by head and rotated, v a view
+
+Cost. Memory-bound: each row is read once and written once, 2 * itemsize bytes an element (backward 3: x and dy in, dx
+out), in one launch; the tables' rows are shared by all heads. Two separate kernels move twice as much.
+Numerics. float32 from the norm through the rotation, one rounding, at the end. The backward pass recomputes the norm
+from x in its single pass; the weights' gradients are sums in float32, one for each program, without atomics.
+Sources: Zhang and Sennrich, https://arxiv.org/abs/1910.07467; Su et al., https://arxiv.org/abs/2104.09864; the attention
+of Qwen 3, Gemma 3 and OLMo 2 in https://github.com/huggingface/transformers.
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: the twins serve every call
+    triton = None
+
+# Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fused_rmsnorm_rope_torch(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, num_heads: int | None = None, *,
+    offset: float = 0.0, interleaved: bool = False, position_ids: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Twin of fused_rmsnorm_rope."""
+    D = _head_dim(x, weight, cos, num_heads)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    n = x.to(wide) if weight.shape[0] == x.shape[-1] else x.to(wide).unflatten(-1, (x.shape[-1] // D, D))
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps) * (offset + weight.to(wide))
+    n = n.reshape(*x.shape[:-1], x.shape[-1] // D, D)
+    cos, sin = (t.squeeze(2) if t.dim() == 4 else t for t in (cos, sin))
+    cos, sin = (t[..., : D // 2] for t in (cos, sin))  # of full-width tables, whose halves are equal, the first is read
+    if position_ids is None:
+        cos, sin = (t[..., : x.shape[1], :] for t in (cos, sin))
+    else:  # one more row, of NaN, stands for every position outside the tables
+        inside = (position_ids >= 0) & (position_ids < cos.shape[0])
+        index = torch.where(inside, position_ids, cos.shape[0]).long()
+        cos, sin = (F.pad(t, (0, 0, 0, 1), value=math.nan)[index] for t in (cos, sin))
+    cos, sin = (t.unsqueeze(-2).to(wide) for t in (cos, sin))
+    n0, n1 = (n[..., 0::2], n[..., 1::2]) if interleaved else n.chunk(2, dim=-1)
+    y = torch.stack((n0 * cos - n1 * sin, n1 * cos + n0 * sin), dim=-1 if interleaved else -2)
+    return y.reshape(x.shape).to(x.dtype)
+
+
+def fused_qk_norm_rope_torch(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, num_kv_heads: int,
+    eps: float = 1e-6, offset: float = 0.0, interleaved: bool = False, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Twin of fused_qk_norm_rope."""
+    D = q_weight.shape[0]
+    q, k, v = qkv.split((num_heads * D, num_kv_heads * D, num_kv_heads * D), dim=-1)
+    options = {"offset": offset, "interleaved": interleaved, "position_ids": position_ids}
+    q = fused_rmsnorm_rope_torch(q, q_weight, cos, sin, eps, num_heads, **options)
+    k = fused_rmsnorm_rope_torch(k, k_weight, cos, sin, eps, num_kv_heads, **options)
+    return tuple(t.unflatten(-1, (-1, D)) for t in (q, k, v))
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load_pairs(rows, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+        """Both entries of each pair of the rows (t, h, 1), float32."""
+        if INTERLEAVED:  # a row is read as it lies and taken apart in registers: loads stay 16 bytes wide
+            cols = tl.arange(0, 2 * HALF)[None, None, :]
+            x = tl.load(rows + cols, mask & (cols < D), 0.0).to(tl.float32)
+            x0, x1 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], HALF, 2)))
+        else:
+            cols = tl.arange(0, HALF)[None, None, :]
+            x0 = tl.load(rows + cols, mask & (cols < D // 2), 0.0).to(tl.float32)
+            x1 = tl.load(rows + D // 2 + cols, mask & (cols < D // 2), 0.0).to(tl.float32)
+        return x0, x1
+
+    @triton.jit
+    def _store_pairs(rows, y0, y1, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+        if INTERLEAVED:
+            cols = tl.arange(0, 2 * HALF)[None, None, :]
+            y = tl.reshape(tl.join(y0, y1), (y0.shape[0], y0.shape[1], 2 * HALF))
+            tl.store(rows + cols, y, mask & (cols < D))
+        else:
+            cols = tl.arange(0, HALF)[None, None, :]
+            tl.store(rows + cols, y0, mask & (cols < D // 2))
+            tl.store(rows + D // 2 + cols, y1, mask & (cols < D // 2))
+
+    @triton.jit
+    def _load_tables(
+        cos_ptr, sin_ptr, position_ptr, b, s, mask, stride_cb, stride_cs, stride_pb, rows, D: tl.constexpr,
+        HALF: tl.constexpr, BLOCK_H: tl.constexpr
+    ):  # fmt: skip
+        cols = tl.arange(0, HALF)[None, None, :]
+        # Each thread reads those of its own columns, mostly from L1: no shared memory, no barrier
+        inside = tl.broadcast_to(mask & (cols < D // 2), (mask.shape[0], BLOCK_H, HALF))
+        if position_ptr is None:
+            offs = b * stride_cb + s * stride_cs + cols
+            cos = tl.load(cos_ptr + offs, inside, 0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + offs, inside, 0.0).to(tl.float32)
+        else:
+            position = tl.load(position_ptr + b * stride_pb + s, mask, 0).to(tl.int64)
+            known = (position >= 0) & (position < rows)
+            cos = tl.load(cos_ptr + position * stride_cs + cols, inside & known, 0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + position * stride_cs + cols, inside & known, 0.0).to(tl.float32)
+            cos = tl.where(known | (mask == 0), cos, float("nan"))  # a position outside the tables
+        return cos, sin
+
+    @triton.jit
+    def _load_weights(
+        w_ptr, heads, H, offset, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr
+    ):  # fmt: skip
+        if WHOLE:
+            w0, w1 = _load_pairs(w_ptr + heads * D, heads < H, D, HALF, INTERLEAVED)
+        else:
+            w0, w1 = _load_pairs(w_ptr + heads * 0, heads >= 0, D, HALF, INTERLEAVED)
+        return w0 + tl.cast(offset, tl.float32), w1 + tl.cast(offset, tl.float32)
+
+    @triton.jit
+    def _sum(a0, a1, WHOLE: tl.constexpr):
+        """Over each head (t, h, 1), or over all of a token's (t, 1, 1)."""
+        s = tl.sum(a0 + a1, axis=2, keep_dims=True)
+        if WHOLE:
+            s = tl.sum(s, axis=1, keep_dims=True)
+        return s
+
+    @triton.jit
+    def _fwd_heads(
+        x_ptr, y_ptr, w_ptr, cos, sin, start, H, mask, eps, offset,
+        D: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, LOOP: tl.constexpr, INTERLEAVED: tl.constexpr,
+        BLOCK_H: tl.constexpr
+    ):  # fmt: skip
+        """x_ptr and y_ptr point at the first head of each token, (t, 1, 1)."""
+        heads = start + tl.arange(0, BLOCK_H)[None, :, None]
+        x0, x1 = _load_pairs(x_ptr + heads * D, mask & (heads < H), D, HALF, INTERLEAVED)
+        w0, w1 = _load_weights(w_ptr, heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
+        squares = _sum(x0 * x0, x1 * x1, WHOLE)
+        if LOOP:  # a row too long for the registers is read twice, all but its first heads
+            for more in range(BLOCK_H, H, BLOCK_H):
+                a0, a1 = _load_pairs(x_ptr + (more + heads) * D, mask & (more + heads < H), D, HALF, INTERLEAVED)
+                squares += _sum(a0 * a0, a1 * a1, WHOLE)
+        rstd = tl.rsqrt(squares / (H * D if WHOLE else D) + tl.cast(eps, tl.float32))
+        n0, n1 = x0 * rstd * w0, x1 * rstd * w1
+        y0, y1 = n0 * cos - n1 * sin, n1 * cos + n0 * sin
+        _store_pairs(y_ptr + heads * D, y0, y1, mask & (heads < H), D, HALF, INTERLEAVED)
+        if LOOP:
+            for more in range(BLOCK_H, H, BLOCK_H):
+                at = more + heads
+                x0, x1 = _load_pairs(x_ptr + at * D, mask & (at < H), D, HALF, INTERLEAVED)
+                w0, w1 = _load_weights(w_ptr, at, H, offset, D, HALF, INTERLEAVED, WHOLE)
+                n0, n1 = x0 * rstd * w0, x1 * rstd * w1
+                y0, y1 = n0 * cos - n1 * sin, n1 * cos + n0 * sin
+                _store_pairs(y_ptr + at * D, y0, y1, mask & (at < H), D, HALF, INTERLEAVED)
+
+    # k and its weight are None for one tensor alone. Token counts are not specialised: a new one never compiles anew
+    @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb"])
+    def _norm_rope_fwd_kernel(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, position_ptr,
+        stride_xb, stride_xs, stride_cb, stride_cs, stride_pb, tokens, S, rows, Hq, Hk, eps, offset,
+        D: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, LOOP: tl.constexpr, INTERLEAVED: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
+    ):  # fmt: skip
+        """BLOCK_T tokens of BLOCK_H heads each, or of all heads (WHOLE); the blocks of k follow those of q."""
+        blocks_q = 1 if WHOLE else tl.cdiv(Hq, BLOCK_H)
+        blocks = blocks_q if k_ptr is None else blocks_q + tl.cdiv(Hk, BLOCK_H)
+        block = tl.program_id(0) % blocks
+        token = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None].to(tl.int64)
+        mask, b, s = token < tokens, token // S, token % S
+        cos, sin = _load_tables(
+            cos_ptr, sin_ptr, position_ptr, b, s, mask, stride_cb, stride_cs, stride_pb, rows, D, HALF, BLOCK_H
+        )
+        x = b * stride_xb + s * stride_xs
+        if block < blocks_q:
+            _fwd_heads(
+                q_ptr + x, q_out_ptr + token * Hq * D, q_weight_ptr, cos, sin, block * BLOCK_H, Hq, mask, eps, offset,
+                D, HALF, WHOLE, LOOP, INTERLEAVED, BLOCK_H
+            )  # fmt: skip
+        elif k_ptr is not None:
+            _fwd_heads(
+                k_ptr + x, k_out_ptr + token * Hk * D, k_weight_ptr, cos, sin, (block - blocks_q) * BLOCK_H, Hk, mask,
+                eps, offset, D, HALF, WHOLE, LOOP, INTERLEAVED, BLOCK_H
+            )  # fmt: skip
+
+    @triton.jit
+    def _load_gradients(
+        x_ptr, dy_ptr, w0, w1, cos, sin, heads, H, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+    ):
+        """x, the gradient of its norm (turned back: the sine negated), and of that before the weight."""
+        x0, x1 = _load_pairs(x_ptr + heads * D, mask & (heads < H), D, HALF, INTERLEAVED)
+        dy0, dy1 = _load_pairs(dy_ptr + heads * D, mask & (heads < H), D, HALF, INTERLEAVED)
+        n0, n1 = dy0 * cos + dy1 * sin, dy1 * cos - dy0 * sin
+        return x0, x1, n0, n1, n0 * w0, n1 * w1
+
+    @triton.jit
+    def _bwd_heads(
+        x_ptr, dy_ptr, dx_ptr, w_ptr, dw_ptr, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_dxs,
+        stride_cb, stride_cs, stride_pb, first, programs, tokens, S, rows, H, eps, offset,
+        D: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, LOOP: tl.constexpr, INTERLEAVED: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr
+    ):  # fmt: skip
+        """One program's share of the tiles of one tensor, and its row of dw (programs, D or H * D)."""
+        blocks = 1 if WHOLE else tl.cdiv(H, BLOCK_H)
+        N = H * D if WHOLE else D
+        if dw_ptr is not None:
+            dw_ptr += first.to(tl.int64) * N
+        dw0 = tl.zeros((BLOCK_T, BLOCK_H, HALF), tl.float32)
+        dw1 = tl.zeros((BLOCK_T, BLOCK_H, HALF), tl.float32)
+        heads = tl.arange(0, BLOCK_H)[None, :, None]
+        w0, w1 = _load_weights(w_ptr, heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
+        for tile in tl.range(first, tl.cdiv(tokens, BLOCK_T) * blocks, programs, num_stages=STAGES):
+            token = (tile // blocks * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None].to(tl.int64)
+            mask, b, s = token < tokens, token // S, token % S
+            cos, sin = _load_tables(
+                cos_ptr, sin_ptr, position_ptr, b, s, mask, stride_cb, stride_cs, stride_pb, rows, D, HALF, BLOCK_H
+            )
+            x_row, dy_row, dx_row = x_ptr + b * stride_xb + s * stride_xs, dy_ptr + token * H * D, token * stride_dxs
+            at = tile % blocks * BLOCK_H + heads
+            x0, x1, n0, n1, g0, g1 = _load_gradients(
+                x_row, dy_row, w0, w1, cos, sin, at, H, mask, D, HALF, INTERLEAVED
+            )
+            squares, products = _sum(x0 * x0, x1 * x1, WHOLE), _sum(g0 * x0, g1 * x1, WHOLE)
+            if LOOP:
+                for more in range(BLOCK_H, H, BLOCK_H):
+                    v0, v1 = _load_weights(w_ptr, more + heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
+                    a0, a1, _, _, c0, c1 = _load_gradients(
+                        x_row, dy_row, v0, v1, cos, sin, more + heads, H, mask, D, HALF, INTERLEAVED
+                    )
+                    squares += _sum(a0 * a0, a1 * a1, WHOLE)
+                    products += _sum(c0 * a0, c1 * a1, WHOLE)
+            rstd = tl.rsqrt(squares / N + tl.cast(eps, tl.float32))
+            mean = products * rstd * rstd / N
+            if dx_ptr is not None:
+                d0, d1 = rstd * (g0 - x0 * mean), rstd * (g1 - x1 * mean)
+                _store_pairs(dx_ptr + dx_row + at * D, d0, d1, mask & (at < H), D, HALF, INTERLEAVED)
+            if dw_ptr is not None:
+                dw0 += n0 * x0 * rstd
+                dw1 += n1 * x1 * rstd
+            if LOOP:
+                for more in range(BLOCK_H, H, BLOCK_H):
+                    at = more + heads
+                    v0, v1 = _load_weights(w_ptr, at, H, offset, D, HALF, INTERLEAVED, WHOLE)
+                    x0, x1, n0, n1, g0, g1 = _load_gradients(
+                        x_row, dy_row, v0, v1, cos, sin, at, H, mask, D, HALF, INTERLEAVED
+                    )
+                    if dx_ptr is not None:
+                        d0, d1 = rstd * (g0 - x0 * mean), rstd * (g1 - x1 * mean)
+                        _store_pairs(dx_ptr + dx_row + at * D, d0, d1, mask & (at < H), D, HALF, INTERLEAVED)
+                    if dw_ptr is not None:  # these sums do not fit in the registers
+                        s0, s1 = n0 * x0 * rstd, n1 * x1 * rstd
+                        if tile >= programs:  # not the first of this program
+                            t0, t1 = _load_pairs(dw_ptr + at * D, at < H, D, HALF, INTERLEAVED)
+                            s0 += t0
+                            s1 += t1
+                        _store_pairs(dw_ptr + at * D, s0, s1, at < H, D, HALF, INTERLEAVED)
+        if dw_ptr is not None:
+            dw0, dw1 = tl.sum(dw0, axis=0, keep_dims=True), tl.sum(dw1, axis=0, keep_dims=True)
+            if WHOLE:
+                _store_pairs(dw_ptr + heads * D, dw0, dw1, heads < H, D, HALF, INTERLEAVED)
+            else:
+                dw0, dw1 = tl.sum(dw0, axis=1, keep_dims=True), tl.sum(dw1, axis=1, keep_dims=True)
+                one = tl.zeros((1, 1, 1), tl.int32)
+                _store_pairs(dw_ptr + one, dw0, dw1, one == 0, D, HALF, INTERLEAVED)
+
+    # dq, dk, and the sums for the weights may be None where nothing asks for them
+    @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb", "programs_q", "programs_k"])
+    def _norm_rope_bwd_kernel(
+        q_ptr, k_ptr, dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, q_weight_ptr, k_weight_ptr, dwq_ptr, dwk_ptr,
+        cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_dxs, stride_cb, stride_cs, stride_pb,
+        programs_q, programs_k, tokens, S, rows, Hq, Hk, eps, offset,
+        D: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, LOOP: tl.constexpr, INTERLEAVED: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr
+    ):  # fmt: skip
+        """The first programs_q programs walk over the tiles of q, the others over those of k."""
+        first = tl.program_id(0)
+        if first < programs_q:
+            _bwd_heads(
+                q_ptr, dq_out_ptr, dq_ptr, q_weight_ptr, dwq_ptr, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs,
+                stride_dxs, stride_cb, stride_cs, stride_pb, first, programs_q, tokens, S, rows, Hq, eps, offset,
+                D, HALF, WHOLE, LOOP, INTERLEAVED, BLOCK_T, BLOCK_H, STAGES
+            )  # fmt: skip
+        elif k_ptr is not None:
+            _bwd_heads(
+                k_ptr, dk_out_ptr, dk_ptr, k_weight_ptr, dwk_ptr, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs,
+                stride_dxs, stride_cb, stride_cs, stride_pb, first - programs_q, programs_k, tokens, S, rows, Hk, eps,
+                offset, D, HALF, WHOLE, LOOP, INTERLEAVED, BLOCK_T, BLOCK_H, STAGES
+            )  # fmt: skip
+
+
+def _kernel_serves(*tensors) -> bool:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
+    if triton is None:
+        return False
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+        ):  # fmt: skip
+            return False
+    return True
+
+
+def _head_dim(x, weight, cos, num_heads):
+    if num_heads is not None:
+        return x.shape[-1] // num_heads
+    return cos.shape[-1] if weight.shape[0] == x.shape[-1] else weight.shape[0]
+
+
+def _tables(cos, sin, position_ids):
+    """The tables as the kernel takes them, and stride_cb, stride_cs, stride_pb, rows."""
+    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    at = 0 if cos.dim() == 2 else 1
+    stride_cb = cos.stride(0) if at and cos.shape[0] > 1 else 0
+    stride_pb = 0
+    if position_ids is not None:
+        position_ids = position_ids.contiguous()
+        stride_pb = position_ids.shape[-1] if position_ids.dim() == 2 and position_ids.shape[0] > 1 else 0
+    return (cos, sin, position_ids), (stride_cb, cos.stride(at), stride_pb), cos.shape[at]
+
+
+def _blocks(H, HALF, whole, most):
+    """LOOP, BLOCK_T, BLOCK_H, warps: a token's whole row of `most` elements at most, or some heads of some tokens."""
+    if whole:
+        BLOCK_H = min(1 << (H - 1).bit_length(), max(most // (2 * HALF), 1))
+        return H > BLOCK_H, 1, BLOCK_H, min(max(BLOCK_H * HALF // 512, 1), 16)
+    BLOCK_H = min(1 << (H - 1).bit_length(), 8)
+    return False, max(2048 // (BLOCK_H * HALF), 1), BLOCK_H, 4
+
+
+def _forward(q, k, q_weight, k_weight, cos, sin, position_ids, D, whole, eps, offset, interleaved):
+    """q (B, S, Hq * D) and k (B, S, Hk * D), of the same strides, or None -> the pair, normed and rotated."""
+    B, S, width = q.shape
+    Hq, Hk = width // D, 0 if k is None else k.shape[2] // D
+    q_out = q.new_empty(B, S, width)
+    k_out = None if k is None else k.new_empty(k.shape)
+    tables, strides, rows = _tables(cos, sin, position_ids)
+    HALF = 1 << (D // 2 - 1).bit_length()
+    LOOP, BLOCK_T, BLOCK_H, num_warps = _blocks(Hq, HALF, whole, 16384)
+    blocks = 1 if whole else -(-Hq // BLOCK_H) + -(-Hk // BLOCK_H)
+    _norm_rope_fwd_kernel[(-(-(B * S) // BLOCK_T) * blocks,)](
+        q, k, q_out, k_out, q_weight, k_weight, *tables, q.stride(0), q.stride(1), *strides, B * S, S, rows, Hq, Hk,
+        eps, offset, D, HALF, whole, LOOP, interleaved, BLOCK_T, BLOCK_H, num_warps=num_warps
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _backward(q, k, dq_out, dk_out, q_weight, k_weight, cos, sin, position_ids, dq, dk, need_q, need_k, options):
+    """Writes dq and dk, of the same strides or None; returns the gradients of those weights that are needed."""
+    D, whole, eps, offset, interleaved = options
+    B, S, width = q.shape
+    Hq, Hk = width // D, 0 if k is None else k.shape[2] // D
+    tables, strides, rows = _tables(cos, sin, position_ids)
+    HALF = 1 << (D // 2 - 1).bit_length()
+    LOOP, BLOCK_T, BLOCK_H, num_warps = _blocks(Hq, HALF, whole, 8192)
+    processors, room = 4, 0
+    if q.is_cuda:
+        properties = torch.cuda.get_device_properties(q.device)
+        processors, room = properties.multi_processor_count, properties.shared_memory_per_block_optin or 65536
+    stage = 2 * BLOCK_T * BLOCK_H * HALF * (q.element_size() + dq_out.element_size() + 4)
+    stages = min(3, max((room - 16384) // stage, 0) + 1)
+    tiles_q, tiles_k = (-(-(B * S) // BLOCK_T) * (1 if whole else -(-H // BLOCK_H)) for H in (Hq, Hk))
+    programs = processors * max(8 // num_warps, 1)
+    programs_q = min(tiles_q, max(programs * Hq // (Hq + Hk), 1))
+    programs_k = min(tiles_k, max(programs - programs_q, 1))
+    dwq = q.new_empty(programs_q, q_weight.shape[0], dtype=torch.float32) if need_q else None
+    dwk = q.new_empty(programs_k, k_weight.shape[0], dtype=torch.float32) if need_k else None
+    _norm_rope_bwd_kernel[(programs_q + programs_k,)](
+        q, k, dq_out, dk_out, dq, dk, q_weight, k_weight, dwq, dwk, *tables, q.stride(0), q.stride(1),
+        0 if dq is None else dq.stride(1), *strides, programs_q, programs_k, B * S, S, rows, Hq, Hk, eps, offset,
+        D, HALF, whole, LOOP, interleaved, BLOCK_T, BLOCK_H, stages, num_warps=num_warps
+    )  # fmt: skip
+    return dwq if dwq is None else dwq.sum(0).to(q_weight.dtype), dwk if dwk is None else dwk.sum(0).to(k_weight.dtype)
+
+
+class _NormRoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, cos, sin, position_ids, *options):
+        ctx.save_for_backward(x, weight, cos, sin, position_ids)
+        ctx.options = options
+        return _forward(x, None, weight, None, cos, sin, position_ids, *options)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, *tables = ctx.saved_tensors
+        dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
+        need = ctx.needs_input_grad[1]
+        dw, _ = _backward(x, None, dy.contiguous(), None, weight, None, *tables, dx, None, need, False, ctx.options)
+        return dx, dw, *[None] * (3 + len(ctx.options))
+
+
+class _QKNormRoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, position_ids, widths, *options):
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, position_ids)
+        ctx.widths, ctx.options = widths, options
+        q, k, v = qkv.split(widths, dim=-1)
+        return *_forward(q, k, q_weight, k_weight, cos, sin, position_ids, *options), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_out, dk_out, dv):
+        qkv, q_weight, k_weight, *tables = ctx.saved_tensors
+        q, k, _ = qkv.split(ctx.widths, dim=-1)
+        dqkv = dq = dk = None
+        if ctx.needs_input_grad[0]:
+            dqkv = qkv.new_empty(qkv.shape)
+            dq, dk, dv_in = dqkv.split(ctx.widths, dim=-1)
+            dv_in.copy_(dv)
+        need = ctx.needs_input_grad[1:3]
+        dwq, dwk = _backward(
+            q, k, dq_out.contiguous(), dk_out.contiguous(), q_weight, k_weight, *tables, dq, dk, *need, ctx.options
+        )
+        return dqkv, dwq, dwk, *[None] * (4 + len(ctx.options))
+
+
+def _check_tensor(name, t, x=None):
+    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if x is not None and t.device != x[1].device:
+        raise ValueError(f"{name} must be on {x[0]}'s device {x[1].device}, got {t.device}")
+
+
+def _check_tables(x, D, cos, sin, position_ids):
+    name, x = x
+    (B, S), shape, dims = x.shape[:2], cos.shape, cos.dim()
+    for label, t in (("cos", cos), ("sin", sin)):
+        _check_tensor(label, t, (name, x))
+    if sin.shape != shape:
+        raise ValueError(f"sin must have cos's shape {tuple(shape)}, got {tuple(sin.shape)}")
+    if not (dims == 2 or (dims == 3 and shape[0] in (1, B)) or (dims == 4 and shape[0] == shape[2] == 1)):
+        raise ValueError(f"cos must be (S, W), ({B}, S, W), (1, S, W) or (1, S, 1, W), got shape {tuple(shape)}")
+    if shape[-1] != D and (2 * shape[-1] != D or dims == 4):
+        widths = f"{D}" if dims == 4 else f"{D // 2} or {D}"
+        raise ValueError(f"cos must be {widths} wide for head_dim {D}, got {shape[-1]}")
+    if position_ids is None:
+        rows = shape[0 if dims == 2 else 1]
+        if rows < S:
+            raise ValueError(f"cos must have at least {S} rows, one for each position of {name}, got {rows}")
+        return
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
+    if position_ids.device != x.device:
+        raise ValueError(f"position_ids must be on {name}'s device {x.device}, got {position_ids.device}")
+    if dims != 2:
+        raise ValueError(f"position_ids must go with tables of two dimensions, got cos of shape {tuple(shape)}")
+    shape = position_ids.shape
+    if shape[-1:] != (S,) or len(shape) > 2 or (len(shape) == 2 and shape[0] not in (1, B)):
+        raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(shape)}")
+
+
+def _autocast(x):
+    """x in the dtype that F.rms_norm takes it to where autocast is on (float32 in newer releases, on CUDA)."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x = x.to(F.rms_norm(x.new_empty(0, 1), (1,)).dtype)
+    return x
+
+
+def _columns(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def fused_rmsnorm_rope(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, num_heads: int | None = None, *,
+    offset: float = 0.0, interleaved: bool = False, position_ids: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """rmsnorm of x, then each head rotated, in one launch; the result has x's shape and dtype. Differentiable in x and
+    weight; tables that ask for a gradient get it from the twin.
+
+    Args:
+        x: (B, S, H * D), float16, bfloat16 or float32, any strides
+        weight: (H * D,): norm over the whole row (OLMo 2); (D,): norm of each head (Qwen 3, Gemma 3); any float dtype
+        cos, sin: (S, D/2) or (B, S, D/2); or D wide, the halves repeated (only the first is read), (1, S, 1, D) among
+            them; any float dtype; more than S rows serve the positions 0 to S - 1
+        num_heads: H. Without it D is the length of a weight (D,), and with a weight of the whole row the tables' width:
+            tables D/2 wide need num_heads there
+        offset: added to the weight in float32; Gemma's is 1
+        interleaved: pairs (2i, 2i + 1) instead of (i, i + D/2)
+        position_ids: (S,) or (B, S), int32 or int64: the rows of two-dimensional tables to use. A position outside the
+            tables gives NaN in its row
+
+    Raises: ValueError for shapes and devices that do not fit; TypeError for dtypes.
+    """
+    _check_tensor("x", x)
+    _check_tensor("weight", weight, ("x", x))
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, S, H * D), got shape {tuple(x.shape)}")
+    width = x.shape[-1]
+    if num_heads is not None and (num_heads < 1 or width % num_heads):
+        raise ValueError(f"num_heads must divide x's width {width}, got {num_heads}")
+    if weight.dim() != 1 or not weight.shape[0]:
+        raise ValueError(f"weight must be (H * D,) or (D,), got shape {tuple(weight.shape)}")
+    if cos.dim() not in (2, 3, 4):
+        raise ValueError(f"cos must be (S, W), (B, S, W) or (1, S, 1, W), got shape {tuple(cos.shape)}")
+    D = _head_dim(x, weight, cos, num_heads)
+    if num_heads is None and weight.shape[0] == width and (D < 1 or width % D):
+        raise ValueError(f"num_heads must be given where cos's width {D} does not divide x's width {width}")
+    if D < 2 or D % 2 or width % D:
+        raise ValueError(f"x must be a multiple of an even head_dim wide, got width {width} and head_dim {D}")
+    if weight.shape[0] not in (D, width):
+        raise ValueError(f"weight must have shape ({width},) or ({D},), got {tuple(weight.shape)}")
+    _check_tables(("x", x), D, cos, sin, position_ids)
+    x = _autocast(x)
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if learned or not x.numel() or not _kernel_serves(x, weight, cos, sin, position_ids):
+        return fused_rmsnorm_rope_torch(
+            x, weight, cos, sin, eps, width // D, offset=offset, interleaved=interleaved, position_ids=position_ids
+        )
+    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
+            return fused_rmsnorm_rope(
+                x, weight, cos, sin, eps, width // D, offset=offset, interleaved=interleaved, position_ids=position_ids
+            )
+    x, weight, whole = _columns(x), weight.contiguous(), weight.shape[0] == width
+    options = (D, whole, float(eps), float(offset), interleaved)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _NormRoPE.apply(x, weight, cos, sin, position_ids, *options)
+    return _forward(x, None, weight, None, cos, sin, position_ids, *options)[0]
+
+
+def fused_qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, num_kv_heads: int,
+    eps: float = 1e-6, offset: float = 0.0, interleaved: bool = False, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Packed qkv -> q (B, S, Hq, D), k and v (B, S, Hk, D): each head of q and k normed and rotated, in one launch, v a
+    view of qkv. Differentiable in qkv and the weights; tables that ask for a gradient get it from the twin.
+
+    Args:
+        qkv: (B, S, (Hq + 2 * Hk) * D), float16, bfloat16 or float32, any strides
+        q_weight, k_weight: (D,), any float dtype
+        num_heads, num_kv_heads: Hq and Hk
+        cos, sin, offset, interleaved, position_ids: as in fused_rmsnorm_rope
+
+    Raises: ValueError for shapes and devices that do not fit; TypeError for dtypes.
+    """
+    _check_tensor("qkv", qkv)
+    for name, w in (("q_weight", q_weight), ("k_weight", k_weight)):
+        _check_tensor(name, w, ("qkv", qkv))
+    if q_weight.dim() != 1 or q_weight.shape[0] < 2 or q_weight.shape[0] % 2:
+        raise ValueError(f"q_weight must be (D,) of an even head_dim D, got shape {tuple(q_weight.shape)}")
+    if k_weight.shape != q_weight.shape:
+        raise ValueError(f"k_weight must have q_weight's shape {tuple(q_weight.shape)}, got {tuple(k_weight.shape)}")
+    for name, n in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if n < 1:
+            raise ValueError(f"{name} must be positive, got {n}")
+    D = q_weight.shape[0]
+    widths = [num_heads * D, num_kv_heads * D, num_kv_heads * D]
+    if qkv.dim() != 3 or qkv.shape[-1] != sum(widths):
+        raise ValueError(f"qkv must be (B, S, {sum(widths)}), got shape {tuple(qkv.shape)}")
+    if cos.dim() not in (2, 3, 4):
+        raise ValueError(f"cos must be (S, W), (B, S, W) or (1, S, 1, W), got shape {tuple(cos.shape)}")
+    _check_tables(("qkv", qkv), D, cos, sin, position_ids)
+    qkv = _autocast(qkv)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps, "offset": offset}
+    heads |= {"interleaved": interleaved, "position_ids": position_ids}
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if learned or not qkv.numel() or not _kernel_serves(qkv, q_weight, k_weight, cos, sin, position_ids):
+        return fused_qk_norm_rope_torch(qkv, q_weight, k_weight, cos, sin, **heads)
+    if qkv.is_cuda and not torch.compiler.is_compiling() and qkv.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(qkv.device):
+            return fused_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, **heads)
+    qkv, q_weight, k_weight = _columns(qkv), q_weight.contiguous(), k_weight.contiguous()
+    options = (D, False, float(eps), float(offset), interleaved)
+    if torch.is_grad_enabled() and (qkv.requires_grad or q_weight.requires_grad or k_weight.requires_grad):
+        q, k, v = _QKNormRoPE.apply(qkv, q_weight, k_weight, cos, sin, position_ids, widths, *options)
+    else:
+        q, k, v = qkv.split(widths, dim=-1)
+        q, k = _forward(q, k, q_weight, k_weight, cos, sin, position_ids, *options)
+    return q.unflatten(-1, (-1, D)), k.unflatten(-1, (-1, D)), v.unflatten(-1, (-1, D))
+
+
+class FusedRMSNormRoPE(nn.Module):
+    """fused_rmsnorm_rope with its weight: (hidden_dim,), or with per_head=True (head_dim,). It starts at 1 - offset."""
+
+    def __init__(
+        self, hidden_dim: int, head_dim: int, eps: float = 1e-6, *, per_head: bool = False, offset: float = 0.0,
+        device=None, dtype=None
+    ):  # fmt: skip
+        super().__init__()
+        if head_dim < 2 or head_dim % 2 or hidden_dim % head_dim:
+            raise ValueError(f"head_dim must be even and divide hidden_dim {hidden_dim}, got {head_dim}")
+        self.hidden_dim, self.head_dim, self.eps = hidden_dim, head_dim, eps
+        self.per_head, self.offset = per_head, offset
+        self.weight = nn.Parameter(torch.empty(head_dim if per_head else hidden_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1 - self.offset)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        if x.shape[-1] != self.hidden_dim:
+            raise ValueError(f"x must be (B, S, {self.hidden_dim}), got shape {tuple(x.shape)}")
+        num_heads = self.hidden_dim // self.head_dim
+        return fused_rmsnorm_rope(
+            x, self.weight, cos, sin, self.eps, num_heads, offset=self.offset, position_ids=position_ids
+        )
+
+    def extra_repr(self) -> str:
+        options = f"eps={self.eps}, per_head={self.per_head}, offset={self.offset}"
+        return f"{self.hidden_dim}, head_dim={self.head_dim}, {options}"
+
+
+class _Weight(nn.Module):
+    """Holds one norm's weight under the name that a checkpoint gives it."""
+
+    def __init__(self, dim, initial, device, dtype):
+        super().__init__()
+        self.initial = initial
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.initial)
+
+
+class FusedQKNormRoPE(nn.Module):
+    """fused_qk_norm_rope with q_norm.weight and k_norm.weight, which start at 1 - offset: a Qwen 3 or (with offset=1) a
+    Gemma 3 attention's load into it."""
+
+    def __init__(
+        self, head_dim: int, num_heads: int, num_kv_heads: int, eps: float = 1e-6, *, offset: float = 0.0,
+        interleaved: bool = False, device=None, dtype=None
+    ):  # fmt: skip
+        super().__init__()
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be a positive even number, got {head_dim}")
+        self.head_dim, self.num_heads, self.num_kv_heads = head_dim, num_heads, num_kv_heads
+        self.eps, self.offset, self.interleaved = eps, offset, interleaved
+        self.q_norm = _Weight(head_dim, 1 - offset, device, dtype)
+        self.k_norm = _Weight(head_dim, 1 - offset, device, dtype)
+
+    def forward(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return fused_qk_norm_rope(
+            qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads, eps=self.eps, offset=self.offset, interleaved=self.interleaved,
+            position_ids=position_ids
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        return f"{self.head_dim}, {heads}, eps={self.eps}, offset={self.offset}, interleaved={self.interleaved}"
