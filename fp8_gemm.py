@@ -8,7 +8,7 @@ Scales, told apart by their shapes:
 Few rows are bound by the bytes of b (K*N: half of 16 bits), many by 2*M*N*K operations at twice the rate of 16 bits.
 Numerics: Hopper's tensor cores keep some 14 bits when they add fp8 products up. fast_accum=True leaves the whole sum over K to
     them; False, and block scales always, add sums of 128 products (at most) up in float32. Scales and bias in float32, one
-    rounding at the end. Quantisers: scale = amax / 448, the quotient rounded to nearest even.
+    rounding at the end. Quantisers: scale = amax / 448, x * (1 / scale) rounded to nearest even.
 
 Sources: https://arxiv.org/abs/2209.05433 (the format), https://arxiv.org/abs/2412.19437 (block scales, promoted sums)
 """
@@ -32,6 +32,7 @@ except ImportError:  # no Triton on this platform: the twins serve every call
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
+_TINY = 2.0**-126  # the smallest scale: the reciprocal of a smaller one could be inf
 
 
 def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
@@ -53,15 +54,16 @@ def quantize_fp8_torch(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, 
             pooled = F.max_pool2d(magnitude.reshape(1, -1, x.shape[-1]), (rows, 128), ceil_mode=True)[0]
         else:
             pooled = x.new_zeros(-(-x.shape[:-1].numel() // rows), -(-x.shape[-1] // 128))
-        amax = pooled.t().contiguous().t()  # a column of blocks is contiguous, as torch._scaled_mm wants it
+        # as torch._scaled_mm wants them: 1 x 128 blocks with a contiguous column, 128 x 128 blocks with a contiguous row
+        amax = pooled if rows == 128 else pooled.t().contiguous().t()
         amax = amax.unflatten(0, x.shape[:-1]) if x.ndim != 2 else amax
     elif granularity == "row":
         amax = magnitude.amax(-1, keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-1], 1)
     else:
         amax = magnitude.amax() if x.numel() else x.new_zeros(())
-    scale = amax / _FP8_MAX
-    scale = torch.where(scale == 0, 1.0, scale).float()
-    q = torch.where(finite, (x / _spread(scale, x.shape)).clamp(-_FP8_MAX, _FP8_MAX), torch.nan)
+    scale = amax / torch.full_like(amax, _FP8_MAX)  # by a number, CUDA would multiply with its rounded reciprocal
+    scale = torch.where(amax == 0, 1.0, scale.clamp(min=_TINY)).float()
+    q = torch.where(finite, x * _spread(scale.reciprocal(), x.shape), torch.nan)
     return q.to(_FP8).contiguous(), scale
 
 
@@ -86,6 +88,7 @@ def fp8_gemm_torch(
 
 
 if triton is not None:
+    _ASM = tl.constexpr(not _INTERPRET)
 
     @triton.jit
     def _finite_bits(x):
@@ -95,14 +98,13 @@ if triton is not None:
 
     @triton.jit
     def _scale_of(bits):
-        scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 448.0)
-        return tl.where(scale == 0.0, 1.0, scale)
+        amax = bits.to(tl.float32, bitcast=True)
+        return tl.where(bits == 0, 1.0, tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38))  # 2^-126
 
     @triton.jit
     def _to_fp8(x, scale):
-        q = tl.minimum(tl.maximum(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), -448.0), 448.0)
         finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
-        return tl.where(finite, q, float("nan")).to(tl.float8e4nv)
+        return tl.where(finite, x * tl.div_rn(1.0, scale), float("nan")).to(tl.float8e4nv)
 
     @triton.jit(do_not_specialize=["M"])
     def _quantize_rows_kernel(
@@ -171,6 +173,36 @@ if triton is not None:
         bits = tl.where((q & 0x7F) == 0x7F, 0x7E00, ((q & 0x80) << 8) | ((q & 0x7F) << 7))
         return bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
 
+    @triton.jit
+    def _gemv_kernel(
+        a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, N, K, stride_wn, stride_ask, stride_wsn, stride_wsk,
+        BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """One row of a: multiplied and summed in float32, no tensor cores. BLOCK_N divides 128, which divides BLOCK_K."""
+        n = tl.program_id(0) * BLOCK_N
+        offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            w = tl.load(w_ptrs + k, mask=offs_k[None, :] < K - k, other=0.0, eviction_policy="evict_first")
+            a = tl.load(a_ptr + k + offs_k, mask=offs_k < K - k, other=0.0)
+            if w_ptr.dtype.element_ty == tl.uint8:
+                w, a = _widen(w), _widen(a)
+            a = a.to(tl.float32)
+            if BLOCKS:
+                block = k // 128 + tl.arange(0, BLOCK_K // 128)
+                scale = tl.load(a_scale_ptr + block * stride_ask, mask=block * 128 < K, other=0.0)
+                w_scale_ptrs = w_scale_ptr + n // 128 * stride_wsn + block * stride_wsk
+                scale *= tl.load(w_scale_ptrs, mask=block * 128 < K, other=0.0)
+                a = tl.reshape(tl.reshape(a, (BLOCK_K // 128, 128)) * scale[:, None], (BLOCK_K,))
+            acc += w.to(tl.float32) * a[None, :]
+        y = tl.sum(acc, 1)
+        if not BLOCKS:
+            y *= tl.load(a_scale_ptr) * tl.load(w_scale_ptr + offs_n * stride_wsn, mask=offs_n < N, other=0.0)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=offs_n < N)
+
     @triton.jit(do_not_specialize=["M"])
     def _gemm_kernel(
         a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, stride_am, stride_wn,
@@ -233,6 +265,13 @@ if triton is not None:
         y_desc.store([m, n], left.to(y_desc.dtype))
         y_desc.store([m, n + HALF], right.to(y_desc.dtype))
 
+    @triton.jit
+    def _add_scaled(acc, x, scale):
+        if _ASM:  # a multiply-add would let more products wait for their turn than there are registers: half the speed
+            scale = tl.broadcast_to(scale[:, None], x.shape)
+            return acc + tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, scale], tl.float32, True, 1)
+        return acc + x * scale[:, None]
+
     @triton.jit(do_not_specialize=["M"])
     def _gemm_tma_kernel(
         a_desc, w_desc, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K,
@@ -245,30 +284,36 @@ if triton is not None:
         Promoting needs a second set of sums. The tile goes in two halves of rows then, so that the set is only half a tile:
         128 + 64 registers a thread, and one half is added up while the tensor cores are at the other.
         """
-        GROUP_M: tl.constexpr = 8  # tiles go down 8 rows of tiles before the next column: a and w are re-read from L2
+        GROUP_M: tl.constexpr = 16  # tiles go down 16 rows of tiles before the next column: a and w are re-read from L2
         ROWS: tl.constexpr = BLOCK_M // 2 if PROMOTE else BLOCK_M
         tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=not BLOCKS):
             first_m = tile // (GROUP_M * tiles_n) * GROUP_M
             group_m = min(tiles_m - first_m, GROUP_M)
             m = (first_m + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M
             n = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N
             acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
             low = tl.zeros((ROWS, BLOCK_N), tl.float32)
+            if BLOCKS:  # BLOCK_N divides 128: one scale of w serves the tile
+                offs = tl.minimum(m + tl.arange(0, ROWS), M - 1) * stride_asm
+                offs_low = tl.minimum(m + ROWS + tl.arange(0, ROWS), M - 1) * stride_asm
+                w_scale_ptrs = w_scale_ptr + n // 128 * stride_wsn
+                w_scale = tl.load(w_scale_ptrs)
+                scale, scale_low = tl.load(a_scale_ptr + offs) * w_scale, tl.load(a_scale_ptr + offs_low) * w_scale
             for k in range(0, K, BLOCK_K):
-                if BLOCKS:  # BLOCK_N divides 128: one scale of w serves the tile
-                    offs_m = m + tl.arange(0, ROWS)
-                    w_scale = tl.load(w_scale_ptr + n // 128 * stride_wsn + k // 128 * stride_wsk)
-                    a_scale_ptrs = a_scale_ptr + offs_m * stride_asm + k // 128 * stride_ask
-                    scale = tl.load(a_scale_ptrs, mask=offs_m < M) * w_scale
-                    scale_low = tl.load(a_scale_ptrs + ROWS * stride_asm, mask=offs_m < M - ROWS) * w_scale
+                if BLOCKS:  # the next step's, which so have a whole step to arrive
+                    block = min(k // 128 + 1, (K - 1) // 128).to(tl.int64)
+                    w_scale = tl.load(w_scale_ptrs + block * stride_wsk)
+                    next_scale = tl.load(a_scale_ptr + block * stride_ask + offs)
+                    next_low = tl.load(a_scale_ptr + block * stride_ask + offs_low)
                 w = w_desc.load([n, k]).T
                 a = a_desc.load([m, k])
                 if PROMOTE:
                     a_low = a_desc.load([m + ROWS, k])
                 if BLOCKS:
-                    acc += tl.dot(a, w) * scale[:, None]
-                    low += tl.dot(a_low, w) * scale_low[:, None]
+                    acc = _add_scaled(acc, tl.dot(a, w), scale)
+                    low = _add_scaled(low, tl.dot(a_low, w), scale_low)
+                    scale, scale_low = next_scale * w_scale, next_low * w_scale
                 elif PROMOTE:
                     acc += tl.dot(a, w)
                     low += tl.dot(a_low, w)
@@ -363,7 +408,10 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
         return q, scale
     blocks, square = triton.cdiv(K, 128), granularity == "block2d"
     block_m = 128 if square else 32
-    scale = torch.empty(blocks, triton.cdiv(M, 128) if square else M, dtype=torch.float32, device=x.device).t()
+    if square:
+        scale = torch.empty(triton.cdiv(M, 128), blocks, dtype=torch.float32, device=x.device)
+    else:
+        scale = torch.empty(blocks, M, dtype=torch.float32, device=x.device).t()
     _quantize_blocks_kernel[(triton.cdiv(M, block_m) * blocks,)](
         rows, q, scale, rows.stride(0), *scale.stride(), M, K, square, block_m, num_warps=8 if square else 4
     )
@@ -405,9 +453,10 @@ def _has_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | 
     )
 
 
-def _aligned(t: Tensor) -> bool:  # what a TMA descriptor asks; a traced tensor has no address, but its storage is aligned
-    start = t.storage_offset() * t.element_size() if torch.compiler.is_compiling() else t.data_ptr()
-    return start % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+def _aligned(t: Tensor) -> bool:
+    """Whether a TMA descriptor takes t. Traced tensors have no address: contiguous ones are taken as aligned."""
+    start = not t.is_contiguous() if torch.compiler.is_compiling() else t.data_ptr() % 16
+    return not start and t.stride(0) * t.element_size() % 16 == 0
 
 
 def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, widen=None) -> Tensor:
@@ -423,15 +472,24 @@ def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         0 if b_scale.numel() == 1 else b_scale.stride(1), b_scale.stride(0) if blocks else 0,
     )  # fmt: skip
     promote, has_bias = blocks or not fast_accum, bias is not None
-    if capability[0] == 9 and M > 64 and not widen and _aligned(a) and _aligned(w) and _aligned(y):
+    if M > 64 and capability[0] == 9 and not widen and _aligned(a) and _aligned(w) and _aligned(y):
         _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
         return y
     if widen:
         a, w = a.view(torch.uint8), w.view(torch.uint8)
+    if M == 1:
+        # us at 4096 x 14336 and 14336 x 4096 (H200; the floor is 13.4)
+        block_k = min(max(triton.next_power_of_2(K), 128), 4096)
+        block_n = 4 if N > 64 * sms else 2
+        _gemv_kernel[(triton.cdiv(N, block_n),)](
+            a, w, a_scale, b_scale, bias, y, N, K, w.stride(0), *strides[1:], blocks, has_bias, block_n, block_k,
+            num_warps=8, num_stages=1,
+        )  # fmt: skip
+        return y
     ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
     if ieee:
         block_m, block_n, block_k, warps, stages = 32 if M > 16 else 16, 64, 128 if blocks else 32, 4, 2
-    elif M <= 64:  # what counts is bytes in flight: some 6 stages of 8 kB for each of at most 3 programs an SM
+    elif M <= 64:  # what counts is bytes in flight: some 48 kB for each of at most 3 programs an SM
         block_m, block_n, block_k, warps, stages = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4, 3 if widen else 6
         if not (widen or promote) and N <= 64 * sms:
             block_k = 256
@@ -447,24 +505,29 @@ def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
 def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, tile=None) -> None:
     """The persistent kernel. tile: BLOCK_M, BLOCK_N, warps, stages, programs an SM."""
     M, N, K = a.shape[0], w.shape[0], a.shape[1]
-    if tile is None:  # the largest tile that gives work to most SMs
-        if promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
-            tiles = (128, 128, 4, 3, 2), (128, 64, 4, 4, 2)
-        else:
-            tiles = (128, 256, 8, 3 if y.element_size() == 4 else 4, 1), (128, 128, 4, 3, 2), (64, 128, 4, 4, 2)
-        filled = [t for t in tiles if triton.cdiv(M, t[0]) * triton.cdiv(N, t[1]) >= 0.8 * sms]
-        tile = filled[0] if filled else tiles[-1]
+
+    def tiles(t):
+        return triton.cdiv(M, t[0]) * triton.cdiv(N, t[1])
+
+    if tile is not None:
+        pass
+    elif promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
+        tile = (128, 128, 4, 3, 2)
+        tile = tile if tiles(tile) >= 0.8 * sms else (128, 64, 4, 4, 2)
+    else:  # the largest tile that gives work to most SMs; else one small tile an SM with many loads in flight, or two
+        tile = (128, 256, 8, 3 if y.element_size() == 4 else 4, 1)
+        if tiles(tile) < 0.8 * sms:
+            tile = (64, 128, 4, 7, 1)
+            tile = tile if tiles(tile) <= sms else (64, 128, 4, 4, 2)
     block_m, block_n, warps, stages, per_sm = tile
     rows = block_m // 2 if promote else block_m
-    programs = min(per_sm * sms, triton.cdiv(M, block_m) * triton.cdiv(N, block_n))
-    # with scales, a multiply-add instead of a multiplication and an addition costs registers, and the loop spills 80 bytes
-    options = {} if torch.compiler.is_compiling() else {"enable_fp_fusion": not blocks}
+    programs = tiles(tile) if blocks else min(per_sm * sms, tiles(tile))
     _gemm_tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [rows, 128]),
         TensorDescriptor.from_tensor(w, [block_n, 128]),
         TensorDescriptor.from_tensor(y, [rows, block_n // 2]),
         a_scale, b_scale, bias, M, N, K, *strides, blocks, promote, bias is not None, block_m, block_n, 128,
-        num_warps=warps, num_stages=stages, **options,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

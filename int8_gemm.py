@@ -362,7 +362,7 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, block_n=256, stages=3, pr
 
 def _for_tma(t: Tensor) -> Tensor:
     """t, or a copy if its rows do not start at multiples of 16 bytes (a traced tensor's storage is taken to do so)."""
-    start = t.storage_offset() * t.element_size() if torch.compiler.is_compiling() else t.data_ptr()
+    start = 0 if torch.compiler.is_compiling() else t.data_ptr()
     aligned = start % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
     return t if aligned and t.stride(0) > 0 else t.clone(memory_format=torch.contiguous_format)
 

@@ -294,8 +294,8 @@ def _descriptors_serve(*tensors) -> bool:
     if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9):
         return False
     for t in tensors:
-        # data_ptr() can't be traced; the compiler's own inputs are aligned, so the offset tells
-        start = t.storage_offset() * t.element_size() if torch.compiler.is_compiling() else t.data_ptr()
+        # data_ptr() can't be traced: the compiler aligns its own buffers and asks the same of its inputs
+        start = 0 if torch.compiler.is_compiling() else t.data_ptr()
         if t.element_size() != 2 or start % 16 or t.stride(0) % 8 or t.stride(0) < t.shape[1]:
             return False
     return True
