@@ -91,7 +91,7 @@ class Case:
     reference: Callable  # the result, from float32 copies of the inputs
     providers: dict  # name -> function or None: PyTorch's eager way first, ours last; "torch.compile..." is compiled
     flops: int = 0
-    rate: str = "bf16"  # which matmul rate bounds it
+    rate: str = "16 bit"  # which matmul rate bounds it
     tolerance: float | None = None  # relative Frobenius error allowed; by default the dtype's epsilon
     rows: torch.Tensor | None = None  # the rows of the output that the reference gives
 
@@ -138,14 +138,15 @@ def kernel_us(calls, o):
 
 
 def measured_rates(o):
-    """Bytes per second of a large copy, operations per second of large products."""
-    n = 8192
+    """Bytes per second of a large copy, operations per second of large products. int8 and fp8 tensor cores have one
+    rate, and _scaled_mm comes nearer to it than _int_mm."""
+    n, fp8 = 8192, devices.supports_fp8(o.device)
     a, (x, y) = randn(o, 2**29), (randn(o, n, n, dtype=torch.bfloat16) for _ in range(2))
-    b, x8, y8 = torch.empty_like(a), x.to(torch.int8), y.to(torch.int8)
-    calls = {"copy": lambda: b.copy_(a), "bf16": lambda: x @ y.T, "int8": lambda: torch._int_mm(x8, y8.T)}
-    if devices.supports_fp8(o.device):
-        xf, yf, one = x.to(FP8), y.to(FP8), torch.ones((), device=o.device)
-        calls["fp8"] = lambda: torch._scaled_mm(xf, yf.T, one, one, out_dtype=x.dtype, use_fast_accum=True)
+    b, one = torch.empty_like(a), torch.ones((), device=o.device)
+    x8, y8 = (t.to(FP8 if fp8 else torch.int8) for t in (x, y))
+    scaled = lambda: torch._scaled_mm(x8, y8.T, one, one, out_dtype=x.dtype, use_fast_accum=True)
+    calls = {"copy": lambda: b.copy_(a), "16 bit": lambda: x @ y.T}
+    calls["8 bit"] = scaled if fp8 else lambda: torch._int_mm(x8, y8.T)
     with torch.no_grad():
         times = kernel_us(calls, o)
     return {name: (2 * a.nbytes if name == "copy" else 2 * n**3) / us * 1e6 for name, us in times.items()}
@@ -197,7 +198,7 @@ def measure(case, o):
             note(f"  {case.label}: {name}: relative error {error:.2g}, allowed {tolerance:.2g}")
     row = {key: getattr(case, key) for key in ("label", "group", "x", "bytes", "flops")}
     if o.gpu:
-        row["floor_us"] = 1e6 * max(case.bytes / o.rates["copy"], case.flops / o.rates.get(case.rate, math.inf))
+        row["floor_us"] = 1e6 * max(case.bytes / o.rates["copy"], case.flops / o.rates[case.rate])
     call_us = {name: loop_us(call, o) for name, call in calls.items() if name in (next(iter(calls)), "ours")}
     return row | {"us": kernel_us(calls, o), "call_us": call_us, "error": errors}
 
@@ -380,7 +381,7 @@ def qk_case(o, t, hq, hk, d, offset):
         return *(eager_rope(t, cos_full, sin_full) for t in normed), v
 
     turned, v = t * (hq + hk) * d * o.dtype.itemsize, t * hk * d * o.dtype.itemsize
-    moved = cos.nbytes + sin.nbytes + (3 * turned + 2 * v if o.backward else 2 * turned)  # v: a view; its gradient a copy
+    moved = cos.nbytes + sin.nbytes + (3 * turned + 2 * v if o.backward else 2 * turned)  # v: a view, then a copy
     return Case(f"B{b} S{s} H{hq}/{hk} D{d}", f"{hq} and {hk} heads of {d}", t, inputs, moved,
                 lambda *a: fused.fused_qk_norm_rope_torch(*a, cos, sin, **heads), {
         "eager": eager, "torch.compile": eager, "ours": lambda *a: fused.fused_qk_norm_rope(*a, cos, sin, **heads),
@@ -459,7 +460,8 @@ def int8_case(o, m, k, n, kind):
                 lambda x: exact(x, wide, rows), {
         "F.linear": lambda x: F.linear(x, w), **theirs,
         "ours": lambda x: int8_gemm.int8_gemm(x, q, s, quantize_activations=w8a8),
-    }, flops=2 * m * n * k, rate="int8" if w8a8 else "bf16", rows=rows, tolerance=0.03 if w8a8 else None)  # fmt: skip
+    }, flops=2 * m * n * k, rate="8 bit" if w8a8 else "16 bit", rows=rows,
+        tolerance=0.03 if w8a8 else None)  # fmt: skip
 
 
 def fp8_case(o, m, k, n, recipe, sums):
@@ -474,7 +476,7 @@ def fp8_case(o, m, k, n, recipe, sums):
     return Case(f"{name} M{m} K{k} N{n}", f"{name} K{k} N{n}", m, [], moved, lambda: exact(*wide, rows), {
         "_scaled_mm": lambda: torch._scaled_mm(a, b.T, *theirs, out_dtype=o.dtype, use_fast_accum=fast),
         "ours": lambda: fp8_gemm.fp8_gemm(a, b.T, sa, sb, o.dtype, fast_accum=fast),
-    }, flops=2 * m * n * k, rate="fp8", rows=rows, tolerance=0.01)  # fmt: skip
+    }, flops=2 * m * n * k, rate="8 bit", rows=rows, tolerance=0.01)  # fmt: skip
 
 
 def fp8_linear_case(o, m, k, n):
@@ -492,7 +494,7 @@ def fp8_linear_case(o, m, k, n):
         "F.linear": F.linear, "_scaled_mm": eager, "torch.compile": eager,
         "torchao": torchao_linear(o, "Float8DynamicActivationFloat8WeightConfig", w.detach(), m, **by_row),
         "gemlite": gemlite_linear(o, "A8W8_fp8_dynamic", q, s, m), "ours": ours,
-    }, flops=(4 if o.backward else 2) * m * n * k, rate="bf16" if o.backward else "fp8", rows=rows,
+    }, flops=(4 if o.backward else 2) * m * n * k, rate="16 bit" if o.backward else "8 bit", rows=rows,
         tolerance=0.06)  # fmt: skip
 
 
@@ -593,13 +595,12 @@ FORWARD_ONLY = ("int8_gemm_w8a8", "fp8_gemm", "quantize", "host")
 
 def bare_launch(x, w):
     """A plain kernel[grid](...) of eight arguments that does nothing: what any Triton op pays at least."""
-    triton = rmsnorm.triton
 
-    @triton.jit
-    def nothing(x_ptr, w_ptr, y_ptr, stride_x, stride_y, N, eps, BLOCK_N: triton.language.constexpr):
+    @rmsnorm.triton.jit
+    def nothing(x_ptr, w_ptr, y_ptr, stride_x, stride_y, M, N, eps):
         pass
 
-    return lambda: nothing[(1,)](x, w, x, x.stride(0), x.stride(0), x.shape[1], EPS, BLOCK_N=128)
+    return lambda: nothing[(1,)](x, w, x, x.stride(0), x.stride(0), *x.shape, EPS)
 
 
 def host_rows(o):
@@ -662,11 +663,12 @@ def short(us):
 
 
 def print_table(title, rows, o):
-    names, product = list(dict.fromkeys(name for row in rows for name in row["us"] if name != "ours")), rows[0]["flops"]
-    first = names[:1] or ["ours"]
+    fullest = sorted(rows, key=lambda row: -len(row["us"]))  # has the providers in their order
+    names = list(dict.fromkeys(name for row in fullest for name in row["us"] if name != "ours"))
+    pair, product = [*names[:1], "ours"], rows[0]["flops"]
     head = [f"{title}, us", *names, "ours", *(["TFLOP/s"] if product else [])]
     head += ["GB/s", "of floor" if product else "of copy rate"] if o.gpu else []
-    head += ["x best", "best other", *([f"error: {first[0]}, ours"] if product else []), f"call us: {first[0]}, ours"]
+    head += ["x best", "best other", *(["error: " + ", ".join(pair)] if product else []), "call us: " + ", ".join(pair)]
     lines = []
     for row in rows:
         us, calls, errors, ours = row["us"], row["call_us"], row["error"], row["us"].get("ours")
@@ -676,8 +678,8 @@ def print_table(title, rows, o):
             line += [f"{row['flops'] / ours / 1e6:.3g}"] if product else []
             line += [f"{row['bytes'] / ours / 1e3:.0f}", f"{row['floor_us'] / ours:.2f}"] if o.gpu else []
             line += [f"{us[best] / ours:.2f}", best] if best else ["-", "-"]
-            line += [f"{errors.get(first[0], math.nan):.1e}, {errors['ours']:.1e}"] if product else []
-            line += [f"{short(calls.get(first[0]))}, {short(calls['ours'])}"]
+            line += [", ".join(f"{errors[name]:.1e}" if name in errors else "-" for name in pair)] if product else []
+            line += [", ".join(short(calls.get(name)) for name in pair)]
         lines.append(line + [""] * (len(head) - len(line)))
     align = ["left"] + ["right"] * (len(head) - 1)
     print(tabulate(lines, head, tablefmt="github", disable_numparse=True, colalign=align) + "\n")
@@ -707,6 +709,7 @@ def plot(op, rows, folder, o):
 
     groups = {g: [r for r in rows if r["group"] == g] for g in dict.fromkeys(r["group"] for r in rows)}
     groups = {g: own for g, own in groups.items() if len(own) > 2} or groups
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
     scaling, product = op == "scaling", rows[0]["flops"]
     amount, unit, y = ("flops", 1e6, "TFLOP/s") if product else ("bytes", 1e3, "GB/s")
     wide = 1 if scaling else min(len(groups), 3)
@@ -721,8 +724,10 @@ def plot(op, rows, folder, o):
         for name in dict.fromkeys(name for r in own for name in r["us"]):
             timed = [(r, r["us"][name]) for r in own if name in r["us"]]
             points = [(r["x"], us if scaling else r[amount] / us / unit) for r, us in timed]
-            style = {"color": "black", "linewidth": 2.2, "zorder": 5} if name == "ours" and not scaling else {}
-            axis.plot(*zip(*points), marker="o", markersize=3, label=group if scaling else name, **style)
+            style = {"color": f"C{i if scaling else names.index(name)}"}
+            style |= {"color": "black", "linewidth": 2.2, "zorder": 5} if name == "ours" and not scaling else {}
+            label = group if scaling else f"torch.{name}" if name[0] == "_" else name  # matplotlib hides a leading "_"
+            axis.plot(*zip(*points), marker="o", markersize=3, label=label, **style)
         if o.gpu:
             floor = [(r["x"], r["floor_us"] if scaling else r[amount] / r["floor_us"] / unit) for r in own]
             label = None if scaling else "floor" if product else "copy rate"
@@ -770,16 +775,19 @@ def main():
         parser.error(f"op must be among {', '.join(names)}, got {', '.join(unknown)}")
     ops = [name for name in names if not args.op or name.startswith(tuple(args.op))]
     ops = [name for name in ops if not (args.backward and name in FORWARD_ONLY)]
+    if not ops:
+        parser.error(f"{', '.join(FORWARD_ONLY)} have no backward pass to time")
     o = options(args)
     if not o.gpu:
         torch.set_num_threads(1)  # on shapes this small threads gain little, and crawl where the other cores are busy
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # a compiled backward is to run more than once
     warnings.filterwarnings("ignore", module="torch.profiler")
-    result = {"gpu": o.name, "versions": {p: v for p in ("torch", "triton", *PEERS) if (v := installed(p))}}
+    versions = {"torch": torch.__version__} | {p: v for p in ("triton", *PEERS) if (v := installed(p))}
+    result = {"gpu": o.name, "versions": versions}
     result |= {"dtype": o.type, "way": o.way, "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"}
     result["command"] = " ".join(["python benchmark.py", *sys.argv[1:]])
-    print(f"{o.name}, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}, {o.type}, {result['date']}")
+    print(f"{o.name}, {', '.join(f'{k} {v}' for k, v in versions.items())}, {o.type}, {result['date']}")
     print(result["command"])
     if o.gpu:
         o.rates = result["rates"] = measured_rates(o)
@@ -799,12 +807,19 @@ def main():
             for shape in full if o.gpu else small:
                 if o.backward and o.gpu and shape[0] < 1024:
                     continue  # no decode step trains
-                with torch.set_grad_enabled(o.backward):
-                    rows.append(measure(make(o, *shape), o))
-                ours = rows[-1]["us"].get("ours")
-                missing += [] if ours else [f"{op} {rows[-1]['label']}"]
-                note(f"{op} {rows[-1]['label']}: ours {short(ours)} us")
+                try:
+                    with torch.set_grad_enabled(o.backward):
+                        row = measure(make(o, *shape), o)
+                except Exception as error:  # too little memory for the case, say: the others go on
+                    note(f"{op} {shape}: {reason(error)}")
+                    missing.append(f"{op} {shape}")
+                    continue
+                rows.append(row)
+                missing += [] if "ours" in row["us"] else [f"{op} {row['label']}"]
+                note(f"{op} {row['label']}: ours {short(row['us'].get('ours'))} us")
                 torch._dynamo.reset()
+            if not rows:
+                continue
             print_table(f"{op} {o.way}", rows, o)
             if op == "int8_gemm" and not o.backward:
                 print(*crossovers(rows), sep="\n", end="\n\n")

@@ -91,20 +91,14 @@ if triton is not None:
     _ASM = tl.constexpr(not _INTERPRET)
 
     @triton.jit
-    def _finite_bits(x):
-        """The bits of the magnitude, which order as the floats do; 0 for NaN and Inf."""
-        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        return tl.where(bits < 0x7F800000, bits, 0)
+    def _finite(x):
+        """x in float32, NaN for Inf (Inf * 0 is NaN): maxima pass NaN over, and fp8 keeps it."""
+        x = x.to(tl.float32)
+        return x * 0.0 + x
 
     @triton.jit
-    def _scale_of(bits):
-        amax = bits.to(tl.float32, bitcast=True)
-        return tl.where(bits == 0, 1.0, tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38))  # 2^-126
-
-    @triton.jit
-    def _to_fp8(x, scale):
-        finite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
-        return tl.where(finite, x * tl.div_rn(1.0, scale), float("nan")).to(tl.float8e4nv)
+    def _scale_of(amax):
+        return tl.where(amax > 0.0, tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38), 1.0)  # 2^-126
 
     @triton.jit(do_not_specialize=["M"])
     def _quantize_rows_kernel(
@@ -115,18 +109,19 @@ if triton is not None:
         x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :]
         q_ptrs = q_ptr + rows[:, None] * K + cols[None, :]
         mask = (rows[:, None] < M) & (cols[None, :] < K)
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        bits = tl.max(_finite_bits(x), 1)
-        for k in range(BLOCK_K, K, BLOCK_K):  # rows longer than a block: read twice, the second time mostly from L2
+        x = _finite(tl.load(x_ptrs, mask=mask, other=0.0))
+        amax = tl.max(tl.abs(x), 1)
+        for k in range(BLOCK_K, K, BLOCK_K):  # rows longer than a block: read twice, the second time from a cache
             mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
-            bits = tl.maximum(bits, tl.max(_finite_bits(tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)), 1))
-        scale = _scale_of(bits)
+            amax = tl.maximum(amax, tl.max(tl.abs(_finite(tl.load(x_ptrs + k, mask=mask_k, other=0.0))), 1))
+        scale = _scale_of(amax)
+        inverse = tl.div_rn(1.0, scale)[:, None]
         tl.store(scale_ptr + rows, scale, mask=rows < M)
-        tl.store(q_ptrs, _to_fp8(x, scale[:, None]), mask=mask)
+        tl.store(q_ptrs, (x * inverse).to(tl.float8e4nv), mask=mask)
         for k in range(BLOCK_K, K, BLOCK_K):
             mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
-            x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
-            tl.store(q_ptrs + k, _to_fp8(x, scale[:, None]), mask=mask_k)
+            x = _finite(tl.load(x_ptrs + k, mask=mask_k, other=0.0))
+            tl.store(q_ptrs + k, (x * inverse).to(tl.float8e4nv), mask=mask_k)
 
     @triton.jit(do_not_specialize=["M"])
     def _quantize_blocks_kernel(
@@ -137,34 +132,35 @@ if triton is not None:
         block_m, block_k = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
         rows, cols = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_k * 128 + tl.arange(0, 128)
         mask = (rows[:, None] < M) & (cols[None, :] < K)
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        bits = tl.max(_finite_bits(x), 1)
+        x = _finite(tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0))
+        amax = tl.max(tl.abs(x), 1)
         if SQUARE:
-            scale = _scale_of(tl.max(bits, 0))
+            scale = _scale_of(tl.max(amax, 0))
             tl.store(scale_ptr + block_m * stride_sm + block_k * stride_sk, scale)
-            tl.store(q_ptr + rows[:, None] * K + cols[None, :], _to_fp8(x, scale), mask=mask)
+            x *= tl.div_rn(1.0, scale)
         else:
-            scale = _scale_of(bits)
+            scale = _scale_of(amax)
             tl.store(scale_ptr + rows * stride_sm + block_k * stride_sk, scale, mask=rows < M)
-            tl.store(q_ptr + rows[:, None] * K + cols[None, :], _to_fp8(x, scale[:, None]), mask=mask)
+            x *= tl.div_rn(1.0, scale)[:, None]
+        tl.store(q_ptr + rows[:, None] * K + cols[None, :], x.to(tl.float8e4nv), mask=mask)
 
     @triton.jit
-    def _amax_kernel(x_ptr, bits_ptr, numel, BLOCK: tl.constexpr):
-        bits = tl.zeros((BLOCK,), tl.int32)
+    def _amax_kernel(x_ptr, amax_ptr, numel, BLOCK: tl.constexpr):
+        amax = tl.zeros((BLOCK,), tl.float32)
         offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         for _ in range(tl.cdiv(numel, BLOCK * tl.num_programs(0))):
-            x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
-            bits = tl.maximum(bits, _finite_bits(x))
+            amax = tl.maximum(amax, tl.abs(_finite(tl.load(x_ptr + offs, mask=offs < numel, other=0.0))))
             offs += BLOCK * tl.num_programs(0)
-        tl.store(bits_ptr + tl.program_id(0), tl.max(bits, 0))
+        tl.store(amax_ptr + tl.program_id(0), tl.max(amax, 0))
 
     @triton.jit
-    def _quantize_tensor_kernel(x_ptr, q_ptr, bits_ptr, scale_ptr, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-        scale = _scale_of(tl.max(tl.load(bits_ptr + tl.arange(0, PARTS)), 0))
+    def _quantize_tensor_kernel(x_ptr, q_ptr, amax_ptr, scale_ptr, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+        scale = _scale_of(tl.max(tl.load(amax_ptr + tl.arange(0, PARTS)), 0))
         tl.store(scale_ptr, scale, mask=tl.program_id(0) == 0)
-        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
-        tl.store(q_ptr + offs, _to_fp8(x, scale), mask=offs < numel)
+        # from the end: what _amax_kernel read last is in L2 still
+        offs = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = _finite(tl.load(x_ptr + offs, mask=offs < numel, other=0.0))
+        tl.store(q_ptr + offs, (x * tl.div_rn(1.0, scale)).to(tl.float8e4nv), mask=offs < numel)
 
     @triton.jit
     def _widen(q):
@@ -268,9 +264,11 @@ if triton is not None:
     @triton.jit
     def _add_scaled(acc, x, scale):
         if _ASM:  # a multiply-add would let more products wait for their turn than there are registers: half the speed
-            scale = tl.broadcast_to(scale[:, None], x.shape)
-            return acc + tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, scale], tl.float32, True, 1)
-        return acc + x * scale[:, None]
+            args = [x, tl.broadcast_to(scale[:, None], x.shape)]
+            x = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", args, dtype=tl.float32, is_pure=True, pack=1)
+        else:
+            x = x * scale[:, None]
+        return acc + x
 
     @triton.jit(do_not_specialize=["M"])
     def _gemm_tma_kernel(
@@ -302,7 +300,7 @@ if triton is not None:
                 scale, scale_low = tl.load(a_scale_ptr + offs) * w_scale, tl.load(a_scale_ptr + offs_low) * w_scale
             for k in range(0, K, BLOCK_K):
                 if BLOCKS:  # the next step's, which so have a whole step to arrive
-                    block = min(k // 128 + 1, (K - 1) // 128).to(tl.int64)
+                    block = min(k // 128 + 1, (K - 1) // 128)
                     w_scale = tl.load(w_scale_ptrs + block * stride_wsk)
                     next_scale = tl.load(a_scale_ptr + block * stride_ask + offs)
                     next_low = tl.load(a_scale_ptr + block * stride_ask + offs_low)
@@ -388,10 +386,10 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     if granularity == "tensor":
         x, numel = x.contiguous(), x.numel()
         q, scale = torch.empty(x.shape, dtype=_FP8, device=x.device), torch.empty((), dtype=torch.float32, device=x.device)
-        parts = min(triton.next_power_of_2(triton.cdiv(numel, 8192)), 1024)
-        bits = torch.empty(parts, dtype=torch.int32, device=x.device)
-        _amax_kernel[(parts,)](x, bits, numel, 4096, num_warps=8)
-        _quantize_tensor_kernel[(triton.cdiv(numel, 8192),)](x, q, bits, scale, numel, parts, 8192, num_warps=8)
+        parts = min(triton.next_power_of_2(-(-numel // 8192)), 512)
+        amax = torch.empty(parts, dtype=torch.float32, device=x.device)
+        _amax_kernel[(parts,)](x, amax, numel, 8192, num_warps=8)
+        _quantize_tensor_kernel[(-(-numel // 4096),)](x, q, amax, scale, numel, parts, 4096, num_warps=4)
         return q, scale
     rows = x.reshape(-1, K)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -399,21 +397,22 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=_FP8, device=x.device)
     if granularity == "row":
         scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-        block_k = min(triton.next_power_of_2(K), 16384)
+        # few rows: all of a row at once; many: us at 8192 x 4096 (H200; the floor is 24) 32 with blocks of 2048, 35 with 4096
+        block_k = min(triton.next_power_of_2(K), 2048 if M > 1024 else 16384)
         block_m = max(1, 2048 // block_k)
         warps = min(max(block_k * block_m // 512, 1), 16)
-        _quantize_rows_kernel[(triton.cdiv(M, block_m),)](
+        _quantize_rows_kernel[(-(-M // block_m),)](
             rows, q, scale, rows.stride(0), M, K, block_m, block_k, num_warps=warps
         )
         return q, scale
-    blocks, square = triton.cdiv(K, 128), granularity == "block2d"
-    block_m = 128 if square else 32
+    blocks, square = -(-K // 128), granularity == "block2d"
+    block_m = 128 if square else 16
     if square:
-        scale = torch.empty(triton.cdiv(M, 128), blocks, dtype=torch.float32, device=x.device)
+        scale = torch.empty(-(-M // 128), blocks, dtype=torch.float32, device=x.device)
     else:
         scale = torch.empty(blocks, M, dtype=torch.float32, device=x.device).t()
-    _quantize_blocks_kernel[(triton.cdiv(M, block_m) * blocks,)](
-        rows, q, scale, rows.stride(0), *scale.stride(), M, K, square, block_m, num_warps=8 if square else 4
+    _quantize_blocks_kernel[(-(-M // block_m) * blocks,)](
+        rows, q, scale, rows.stride(0), *scale.stride(), M, K, square, block_m, num_warps=4
     )
     return q, scale.unflatten(0, x.shape[:-1]) if x.ndim != 2 else scale
 
@@ -456,7 +455,7 @@ def _has_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | 
 def _aligned(t: Tensor) -> bool:
     """Whether a TMA descriptor takes t. Traced tensors have no address: contiguous ones are taken as aligned."""
     start = not t.is_contiguous() if torch.compiler.is_compiling() else t.data_ptr() % 16
-    return not start and t.stride(0) * t.element_size() % 16 == 0
+    return not start and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
 def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, widen=None) -> Tensor:
@@ -478,24 +477,25 @@ def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     if widen:
         a, w = a.view(torch.uint8), w.view(torch.uint8)
     if M == 1:
-        # us at 4096 x 14336 and 14336 x 4096 (H200; the floor is 13.4)
-        block_k = min(max(triton.next_power_of_2(K), 128), 4096)
-        block_n = 4 if N > 64 * sms else 2
-        _gemv_kernel[(triton.cdiv(N, block_n),)](
+        # us at 4096 x 14336, 14336 x 4096, 4096 x 4096 (H200; floors 13.4, 13.4, 3.8): 20.1, 25.1, 9.4 and 21.6, 18.7, 7.9
+        wide = K <= 4096 and N > 64 * sms
+        block_n, block_k, warps, stages = (16, 512, 4, 4) if wide else (8, 1024, 8, 3)
+        _gemv_kernel[(-(-N // block_n),)](
             a, w, a_scale, b_scale, bias, y, N, K, w.stride(0), *strides[1:], blocks, has_bias, block_n, block_k,
-            num_warps=8, num_stages=1,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return y
     ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
     if ieee:
         block_m, block_n, block_k, warps, stages = 32 if M > 16 else 16, 64, 128 if blocks else 32, 4, 2
-    elif M <= 64:  # what counts is bytes in flight: some 48 kB for each of at most 3 programs an SM
-        block_m, block_n, block_k, warps, stages = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4, 3 if widen else 6
-        if not (widen or promote) and N <= 64 * sms:
+    elif M <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
+        block_m, block_n, block_k, warps = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4
+        stages = 6 if capability[0] in (9, 10) and not widen else 3  # others have 100 kB or less
+        if not (widen or promote) and N <= 64 * sms:  # M = 16, us: 23 and not 31 at 14336 x 4096, 8.4 and not 10.1 at 4096^2
             block_k = 256
     else:
         block_m, block_n, block_k, warps, stages = (64, 128, 128, 8, 2) if blocks else (128, 128, 64, 8, 3)
-    _gemm_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+    _gemm_kernel[(-(-M // block_m) * -(-N // block_n),)](
         a, w, a_scale, b_scale, bias, y, M, N, K, a.stride(0), w.stride(0), *strides,
         blocks, promote, ieee, has_bias, K % block_k == 0, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -507,14 +507,15 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
     M, N, K = a.shape[0], w.shape[0], a.shape[1]
 
     def tiles(t):
-        return triton.cdiv(M, t[0]) * triton.cdiv(N, t[1])
+        return -(-M // t[0]) * -(-N // t[1])
 
     if tile is not None:
         pass
     elif promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
         tile = (128, 128, 4, 3, 2)
         tile = tile if tiles(tile) >= 0.8 * sms else (128, 64, 4, 4, 2)
-    else:  # the largest tile that gives work to most SMs; else one small tile an SM with many loads in flight, or two
+    else:  # the largest tile that gives work to most SMs; else one small tile an SM with many loads in flight, or two. us:
+        # M = 256, 4096 x 14336: 28, 41, 35; 14336 x 4096: 71, 36, 46; M = 512, 4096 x 4096: 30, 23, 18
         tile = (128, 256, 8, 3 if y.element_size() == 4 else 4, 1)
         if tiles(tile) < 0.8 * sms:
             tile = (64, 128, 4, 7, 1)
@@ -578,7 +579,8 @@ def fp8_gemm(
     for name, t in (("b", b), ("a_scale", a_scale), ("b_scale", b_scale), ("bias", bias)):
         if t is not None and t.device != a.device:
             raise ValueError(f"{name} must be on a's device {a.device}, got {t.device}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, a_scale, b_scale, bias)):
+    differentiated = [t for t in (a, b, a_scale, b_scale, bias) if t is not None and t.requires_grad]
+    if differentiated and torch.is_grad_enabled():
         raise ValueError("fp8_gemm is not differentiable, got an input that requires a gradient: use FP8Linear, or no_grad")
     blocks = _has_blocks(a, b, a_scale, b_scale)
     if a_scale is None:
@@ -627,7 +629,7 @@ class FP8Linear(nn.Module):
     For inference from_linear drops the master weight, and nothing is quantised but x.
     """
 
-    _cache = None  # (what tells the weight's state, its storage held weakly, fp8, scale, stream, event)
+    _cache = None  # (what tells the weight's state, its storage held weakly, (fp8, scale), stream, event)
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = False, granularity: str = "row", *, device=None, dtype=None
@@ -672,20 +674,21 @@ class FP8Linear(nn.Module):
             or (w.is_cuda and torch.cuda.is_current_stream_capturing())
         ):  # fmt: skip
             return self._quantize(w.detach())
-        # the storage held weakly keeps its identity from being given to another one
         storage = w.untyped_storage()
-        state = storage._cdata, w.data_ptr(), w._version, w.dtype, w.device, w.shape, w.stride(), self.granularity
-        stream = torch.cuda.current_stream(w.device) if w.is_cuda else None
+        state = storage._cdata, w.data_ptr(), w._version, w.dtype, w.shape, w.stride(), self.granularity
+        stream = torch._C._cuda_getCurrentRawStream(w.get_device()) if w.is_cuda else None  # 3 us less than a Stream
         cache = self._cache
         if cache is None or cache[0] != state:
-            quantized, scale = self._quantize(w.detach())
-            event = stream.record_event() if stream is not None else None
-            self._cache = cache = state, StorageWeakRef(storage), quantized, scale, stream, event
-        elif stream != cache[4]:  # filled on another stream, perhaps a moment ago
-            stream.wait_event(cache[5])
-            cache[2].record_stream(stream)
-            cache[3].record_stream(stream)
-        return cache[2], cache[3]
+            quantized = self._quantize(w.detach())
+            event = torch.cuda.current_stream(w.device).record_event() if w.is_cuda else None
+            # the storage held weakly keeps its identity from being given to another one
+            self._cache = cache = state, StorageWeakRef(storage), quantized, stream, event
+        elif stream != cache[3]:  # filled on another stream, perhaps a moment ago
+            stream = torch.cuda.current_stream(w.device)
+            stream.wait_event(cache[4])
+            for t in cache[2]:
+                t.record_stream(stream)
+        return cache[2]
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "_cache"}
@@ -713,17 +716,16 @@ class FP8Linear(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
         training = torch.is_grad_enabled()
+        weight_trains = training and weight is not None and weight.requires_grad
         if weight is None:
-            weight_fp8, weight_scale = self.weight_fp8, self.weight_scale
-        elif training and weight.requires_grad:
-            weight_fp8, weight_scale = self._quantize(weight.detach())
+            quantized = self.weight_fp8, self.weight_scale
         else:
-            weight_fp8, weight_scale = self._cached_weight()
+            quantized = self._quantize(weight.detach()) if weight_trains else self._cached_weight()
         rows = x.reshape(-1, self.in_features)
-        if training and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-            y = _FP8Linear.apply(rows, weight, bias, weight_fp8, weight_scale, self.granularity)
+        if weight_trains or training and (x.requires_grad or bias is not None and bias.requires_grad):
+            y = _FP8Linear.apply(rows, weight, bias, *quantized, self.granularity)
         else:
-            y = _linear(rows, weight_fp8, weight_scale, bias, self.granularity)
+            y = _linear(rows, *quantized, bias, self.granularity)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ Numerics: sums in float32 of IEEE products (no TF32), or in int32 and exact; sca
 Sources: https://arxiv.org/abs/2208.07339 (LLM.int8), https://arxiv.org/abs/2211.10438 (SmoothQuant: W8A8)
 """
 
+import functools
 import os
 
 import torch
@@ -66,9 +67,15 @@ if triton is not None:
         return tl.minimum(tl.maximum(v, -QMAX), QMAX).to(tl.int8)
 
     @triton.jit
-    def _amax(x):
-        # a float's magnitude orders as its bits do, with NaN above all: an integer maximum, which keeps NaN
-        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    def _widen(w, dtype: tl.constexpr):
+        """int8 to a float type, exact, by bits: converting instructions run at an eighth of the rate."""
+        u = w.to(tl.uint8, bitcast=True)
+        if dtype == tl.float32:  # 2^23 + 128 + w, and the first two taken off
+            return (u.to(tl.int32) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+        elif dtype == tl.float16:  # 1024 + 128 + w
+            return (u.to(tl.int16) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+        else:  # Triton's own cast to bfloat16 goes by bits already
+            return w.to(dtype)
 
     @triton.jit(do_not_specialize=["M"])
     def _quantize_rows_kernel(
@@ -78,21 +85,20 @@ if triton is not None:
         cols = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :]
         q_ptrs = q_ptr + rows[:, None] * K + cols[None, :]
-        mask = (rows[:, None] < M) & (cols[None, :] < K)
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        amax = _amax(x)
-        for k in range(BLOCK_K, K, BLOCK_K):  # rows longer than a block: read twice, the second time mostly from L2
-            mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
-            amax = tl.maximum(amax, _amax(tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)))
-        scale = tl.div_rn(amax.to(tl.float32, bitcast=True), QMAX)
+        amax = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
+        for k in range(0, K, BLOCK_K):
+            mask = (rows[:, None] < M) & (cols[None, :] < K - k)
+            x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+            # a magnitude orders as its bits do, with NaN above all: an integer maximum, which keeps NaN
+            amax = tl.maximum(amax, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        scale = tl.div_rn(tl.max(amax, 1).to(tl.float32, bitcast=True), QMAX)
         scale = tl.where(scale == 0.0, 1.0, scale)
         tl.store(scale_ptr + rows, scale, mask=rows < M)
         scale = tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_K))
-        tl.store(q_ptrs, _round_int8(tl.div_rn(x, scale), QMAX), mask=mask)
-        for k in range(BLOCK_K, K, BLOCK_K):
-            mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
-            x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
-            tl.store(q_ptrs + k, _round_int8(tl.div_rn(x, scale), QMAX), mask=mask_k)
+        for k in range(0, K, BLOCK_K):  # the second reading comes from L1 and L2
+            mask = (rows[:, None] < M) & (cols[None, :] < K - k)
+            x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
+            tl.store(q_ptrs + k, _round_int8(tl.div_rn(x, scale), QMAX), mask=mask)
 
     @triton.jit
     def _quantize_flat_kernel(x_ptr, q_ptr, scale_ptr, numel, QMAX: tl.constexpr, BLOCK: tl.constexpr):
@@ -114,18 +120,16 @@ if triton is not None:
     @triton.jit
     def _one_row_kernel(
         x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, N, K, stride_wn,
-        HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+        HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """y = x @ w.T for one row of x: plain products and sums, since a tensor core would waste 15 of its 16 rows."""
-        offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        offs_k = tl.arange(0, BLOCK_K)
-        w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+        offs_n, offs_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            mask = (offs_n[:, None] < N) & (offs_k[None, :] < K - k)
-            w = tl.load(w_ptrs + k, mask=mask, other=0, eviction_policy="evict_first")
+        for k in range(0, K, BLOCK_K):
+            w = tl.load(w_ptrs + k, mask=offs_k[None, :] < K - k, other=0, eviction_policy="evict_first")
             x = tl.load(x_ptr + k + offs_k, mask=offs_k < K - k, other=0.0)
-            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+            acc += _widen(w, tl.float32) * x.to(tl.float32)[None, :]
         y = tl.sum(acc, 1) * tl.load(scale_ptr + offs_n, mask=offs_n < N)
         if HAS_BIAS:
             y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)
@@ -154,10 +158,15 @@ if triton is not None:
             else:
                 w = tl.load(w_ptrs + k, mask=offs_k[None, :] < K - k, other=0)
                 x = tl.load(x_ptrs + k, mask=offs_k[:, None] < K - k, other=0)
-            if IEEE:  # float32, and 16 bits where the tensor cores are older than Triton's support (sm_75)
-                acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+            if W8A8:
+                acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+            elif IEEE:  # float32, and 16 bits where the tensor cores are older than Triton's support (sm_75)
+                # sums of BLOCK_K products, then the sum of these: 1/5 of the error of one long chain at K = 4096;
+                # with the last argument, which has no other effect here, Triton does not fuse the two into a chain
+                w, x = _widen(w, tl.float32), x.to(tl.float32)
+                acc += tl.dot(w, x, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
             else:
-                acc = tl.dot(w.to(x.dtype), x, acc, out_dtype=acc.dtype)
+                acc = tl.dot(_widen(w, x.dtype), x, acc)
         y = acc.to(tl.float32)
         if W8A8:
             y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M)[None, :]
@@ -174,7 +183,7 @@ if triton is not None:
     ):  # fmt: skip
         """y = x @ w.T for many rows, both of one type: as many programs as there are SMs walk over the tiles."""
         W8A8: tl.constexpr = x_desc.dtype == tl.int8
-        GROUP_M: tl.constexpr = 8  # tiles go down 8 rows of tiles before the next column: x and w are re-read from L2
+        GROUP_M: tl.constexpr = 16  # tiles go down 16 rows of tiles before the next column: x and w are re-read from L2
         tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
             first_m = tile // (GROUP_M * tiles_n) * GROUP_M
@@ -252,11 +261,12 @@ def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     q = torch.empty(M, K, dtype=torch.int8, device=x.device)
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
-    block_k = min(triton.next_power_of_2(K), 16384)
-    block_m = max(1, 2048 // block_k)
-    warps = min(max(block_k * block_m // 512, 1), 16)
+    block_k = 128
+    while block_k < min(K, 2048):  # longer rows in blocks of 2048: 8192 x 14336 takes 105 us, 177 with whole rows (H200)
+        block_k *= 2
+    block_m = 2048 // block_k
     grid = (triton.cdiv(M, block_m),)
-    _quantize_rows_kernel[grid](x, q, scale, x.stride(0), M, K, qmax, block_m, block_k, num_warps=warps)
+    _quantize_rows_kernel[grid](x, q, scale, x.stride(0), M, K, qmax, block_m, block_k, num_warps=4)
     return q, scale
 
 
@@ -284,9 +294,10 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     if not rows or not quantized.numel() or dtype == torch.float64 or not _kernel_serves(quantized, scale):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return (quantized.to(wide) * scale.to(wide)).to(dtype)
-    if quantized.is_cuda and not torch.compiler.is_compiling():
+    current = torch.compiler.is_compiling() or not quantized.is_cuda or quantized.get_device() == torch.cuda.current_device()
+    if not current:
         with torch.cuda.device(quantized.device):  # Triton launches on the current device, not on quantized's
-            return _dequantize_rows(quantized, scale.contiguous(), dtype)
+            return dequantize(quantized, scale, dtype)
     return _dequantize_rows(quantized, scale.contiguous(), dtype)
 
 
@@ -299,64 +310,80 @@ def _dequantize_rows(q: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Ten
     return out
 
 
-def _capability(x: Tensor) -> tuple[int, int]:  # AMD and Intel GPUs multiply int8 too and have no TMA, as sm_80
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda and not torch.version.hip else (8, 0)
+def _properties(index: int) -> tuple[tuple[int, int], int]:
+    return torch.cuda.get_device_capability(index), torch.cuda.get_device_properties(index).multi_processor_count
+
+
+_properties_cached = functools.cache(_properties)
+
+
+def _gpu(x: Tensor) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of SMs. Others than NVIDIA's multiply int8 too and have no TMA, as sm_80."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return (8, 0), 100
+    return (_properties if torch.compiler.is_compiling() else _properties_cached)(x.get_device())
 
 
 def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, w8a8: bool) -> Tensor:
     """x (M, K) and weight (N, K), none empty, on the current device."""
-    M, K = x.shape
-    N = weight.shape[0]
+    (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
-    scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
+    scale, bias, x_scale = scale.contiguous(), bias if bias is None else bias.contiguous(), None
+    capability, sms = _gpu(x)
+    wide = N > 64 * sms  # many channels: the SMs are busy without dividing the work finely
     if M == 1 and not w8a8:
-        # H200, (K, N) = (4096, 14336), (14336, 4096), (4096, 4096): 18.6, 20.0, 7.4 us (bf16 F.linear 30.9, 32.1, 13.5)
-        block_n, block_k, warps, stages = (4 if N > 8192 else 2, 4096, 8, 1) if K <= 4096 else (2, 2048, 4, 3)
+        block_n, block_k, warps, stages = (16, 512, 4, 4) if wide and K <= 4096 else (8, 1024, 8, 3)
         _one_row_kernel[(triton.cdiv(N, block_n),)](
-            x, weight, scale, bias, y, N, K, weight.stride(0),
-            bias is not None, block_n, block_k, stages, num_warps=warps,
+            x, weight, scale, bias, y, N, K, weight.stride(0), bias is not None, block_n, block_k,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return y
-    capability = _capability(x)
     ieee = not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
-    x_scale = None
     if w8a8:
         x, x_scale = _quantize_rows(x)
     # W8A16 widens the weight first, 41 us for 4096 x 14336 at the copy rate: half of what the product of 512 rows takes
     tma = capability[0] in (9, 10) and K % 16 == 0 and N * y.element_size() % 16 == 0
-    if tma and not ieee and M > (128 if w8a8 else 512):
-        block_n, stages = (256, 3) if capability[0] == 9 else (128, 4)  # sm_100 would spill
-        _int8_gemm_tma(x, weight, x_scale, scale, bias, y, block_n, stages)
+    if tma and not ieee and M > (64 if w8a8 else 256):
+        _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms)
         return y
     if ieee:
         block_m, block_n, block_k, warps, stages = (16, 64, 32, 4, 2) if M <= 16 else (32, 64, 32, 8, 2)
-    elif M <= 64:  # H200 at (4096, 14336): 28.0 us with 16 rows, 38.0 with 64
-        block_m, block_n, block_k, warps, stages = (16, 32, 256, 4, 4) if M <= 16 else (64, 64, 128, 4, 3)
+    elif M <= 64 and w8a8:
+        block_m, block_n, block_k, warps = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128 if wide else 256, 4
+        stages = 6 if capability[0] in (9, 10) else 3 if wide else 2  # others have 100 kB or less
+    elif M <= 64:  # H200 at (4096, 14336): 23.4 us with 16 rows, 34.7 with 64
+        block_m, block_n, block_k, warps, stages = (16, 32, 256, 2, 4) if M <= 16 else (64, 64, 128, 4, 4 if capability[0] in (9, 10) else 3)
+    elif capability[0] == 9 and not w8a8:
+        block_m, block_n, block_k, warps, stages = 256, 128, 64, 8, 4
     else:
         block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
     _gemm_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
         x, weight, x_scale, scale, bias, y, M, N, K, x.stride(0), weight.stride(0),
-        bias is not None, ieee, K % block_k == 0, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+        bias is not None, ieee, bool(K % block_k == 0), block_m, block_n, block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
 
-def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, block_n=256, stages=3, programs=None):
+def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
     """Fills y. x is int8 (W8A8) or 16 bits: then the weight is widened once into a temporary of that type."""
-    M, K = x.shape
-    N = weight.shape[0]
+    (M, K), N = x.shape, weight.shape[0]
     if x.dtype != torch.int8:
         weight = _dequantize_rows(weight, None, x.dtype)
     x, weight = _for_tma(x), _for_tma(weight)
-    block_m, block_k = 128, 128 // x.element_size()
-    programs = programs or torch.cuda.get_device_properties(x.device).multi_processor_count
-    _gemm_tma_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(N, block_n)),)](
+    block_m, block_n, block_k, warps, per_sm = 128, 256, 128 // x.element_size(), 8, 1
+    stages = 3 if y.element_size() == 4 else 4  # M = 2048: 189 us, 199 with 3
+    if triton.cdiv(M, block_m) * triton.cdiv(N, block_n) < 0.8 * sms:  # too few for the SMs: smaller tiles, two at a time
+        block_m, block_n, warps, stages, per_sm = 64, 128, 4, 4, 2
+    elif capability[0] != 9:  # sm_100 would spill
+        block_n = 128
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    _gemm_tma_kernel[(min(per_sm * sms, tiles),)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(weight, [block_n, block_k]),
         TensorDescriptor.from_tensor(y, [block_m, block_n // 2]),
-        x_scale, scale, bias, M, N, K, bias is not None, block_m, block_n, block_k, num_warps=8, num_stages=stages,
+        x_scale, scale, bias, M, N, K, bias is not None, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -431,7 +458,7 @@ def int8_gemm(
     if (
         not x.numel() or not N or not _kernel_serves(x, weight_int8, scale, bias)
         or (_INTERPRET and x.dtype == torch.bfloat16)  # the interpreter's tl.dot multiplies bfloat16 wrongly
-        or (quantize_activations and (K > 131072 or _capability(x) < (8, 0)))  # int32 holds 2^31 / 128^2 products
+        or (quantize_activations and (K > 131072 or _gpu(x)[0] < (8, 0)))  # int32 holds 2^31 / 128^2 products
     ):  # fmt: skip
         return int8_gemm_torch(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
     if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():

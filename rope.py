@@ -152,11 +152,11 @@ def rope_pytorch(
     S, D = q.shape[1], q.shape[-1]
     inv_freq, _ = _frequencies(S, D, theta, None, q.device)
     angles = torch.outer(torch.arange(S, dtype=torch.float64, device=q.device), inv_freq)[:, None]
-    turn = torch.polar(torch.ones_like(angles), angles)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    turn = torch.complex(angles.cos().to(wide), angles.sin().to(wide))
 
     def rotate(x):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = torch.complex(*(t.to(wide) for t in _split(x, interleaved))) * turn.to(wide.to_complex())
+        y = torch.complex(*(t.to(wide) for t in _split(x, interleaved))) * turn
         return _merge(y.real, y.imag, interleaved).to(x.dtype)
 
     return rotate(q), rotate(k)
@@ -185,87 +185,70 @@ if triton is not None:
         s = tl.where(odd, cos, sin)
         return tl.where(((quarter + 1) & 2) == 2, -c, c), tl.where((quarter & 2) == 2, -s, s)
 
-    @triton.jit
-    def _rotate_heads(
-        x_ptr, y_ptr, stride_b, stride_s, stride_h, b, s, h, S, H, mask, cos, sin, cos_ptr, sin_ptr, offs, inside,
-        D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NEGATE: tl.constexpr,
-        OUT: tl.constexpr
+    # Strides are left to be specialised (loads of 16 bytes need to know that they are multiples of 16), counts are not
+    @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb"])
+    def _rope_kernel(
+        q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr,  # cos, sin: or None, then RATIO
+        stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_cb, stride_cs, stride_pb,
+        tokens, S, rows, Hq, Hk, RATIO: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
+        INTERLEAVED: tl.constexpr, NEGATE: tl.constexpr, OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
     ):  # fmt: skip
-        """One tile of x: heads h (h, 1, 1) of the tokens (b, s), (1, t, 1) each; cos and sin are (1, t, HALF)."""
-        mask = mask & (h < H)
-        x_rows = x_ptr + (b * stride_b + s * stride_s + h * stride_h)
+        """BLOCK_T tokens of one block of BLOCK_H heads; the blocks of k follow those of q."""
+        HALF: tl.constexpr = 1 << BITS
+        blocks_q = tl.cdiv(Hq, BLOCK_H)
+        blocks = blocks_q + tl.cdiv(Hk, BLOCK_H)
+        block = tl.program_id(0) % blocks
+        x_ptr, y_ptr, stride_b, stride_s, stride_h, H = q_ptr, q_out_ptr, stride_qb, stride_qs, stride_qh, Hq
+        if k_ptr is not None:
+            of_k = block >= blocks_q
+            block = tl.where(of_k, block - blocks_q, block)
+            x_ptr, y_ptr = tl.where(of_k, k_ptr, q_ptr), tl.where(of_k, k_out_ptr, q_out_ptr)
+            stride_b, stride_s = tl.where(of_k, stride_kb, stride_qb), tl.where(of_k, stride_ks, stride_qs)
+            stride_h, H = tl.where(of_k, stride_kh, stride_qh), tl.where(of_k, Hk, Hq)
+        h = (block * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None, None]
+        token = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T))[None, :, None]
+        b, s = (token // S).to(tl.int64), (token % S).to(tl.int64)
+        x_ptr += b * stride_b + s * stride_s + h * stride_h
         if OUT == "inplace":
-            y_rows = y_ptr + (b * stride_b + s * stride_s + h * stride_h)
+            y_ptr = x_ptr
         elif OUT == "bhsd":
-            y_rows = y_ptr + ((b * H + h) * S + s) * D
+            y_ptr += ((b * H + h) * S + s) * D
         else:
-            y_rows = y_ptr + ((b * S + s) * H + h) * D
+            y_ptr += ((b * S + s) * H + h) * D
+        mask = (token < tokens) & (h < H)
+        pairs = tl.arange(0, HALF)[None, None, :]
+        cols = tl.arange(0, 2 * HALF)[None, None, :]
         if INTERLEAVED:  # a row is read as it lies and taken apart in registers: loads stay 16 bytes wide
-            cols = tl.arange(0, 2 * HALF)[None, None, :]
-            x = tl.load(x_rows + cols, mask & (cols < R))
-            x0, x1 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], HALF, 2)))
+            x0, x1 = tl.split(tl.reshape(tl.load(x_ptr + cols, mask & (cols < R)), (BLOCK_H, BLOCK_T, HALF, 2)))
         else:
-            cols = tl.arange(0, HALF)[None, None, :]
-            x0 = tl.load(x_rows + cols, mask & (cols < R // 2))
-            x1 = tl.load(x_rows + R // 2 + cols, mask & (cols < R // 2))
-        if cos_ptr is not None:  # after the rows: all loads are under way before the first is waited for
+            x0 = tl.load(x_ptr + pairs, mask & (pairs < R // 2))
+            x1 = tl.load(x_ptr + R // 2 + pairs, mask & (pairs < R // 2))
+        # cos and sin after the rows, whose loads are under way meanwhile
+        if cos_ptr is None:
+            cos, sin = _cos_sin(s, pairs, RATIO, BITS)
+        else:
+            position = s
+            if position_ptr is not None:
+                position = tl.load(position_ptr + b * stride_pb + s, token < tokens, 0).to(tl.int64)
+            known = (token < tokens) & (position >= 0) & (position < rows) & (pairs < R // 2)
             # Each thread reads those of its own columns, mostly from L1: no shared memory, no barrier
-            offs, inside = tl.broadcast_to(offs, x0.shape), tl.broadcast_to(inside, x0.shape)
-            cos = tl.load(cos_ptr + offs, inside, float("nan")).to(tl.float32)  # NaN: a position outside the tables
-            sin = tl.load(sin_ptr + offs, inside, float("nan")).to(tl.float32)
+            known = tl.broadcast_to(known, x0.shape)
+            offs = tl.broadcast_to(b * stride_cb + position * stride_cs + pairs, x0.shape)
+            cos = tl.load(cos_ptr + offs, known, float("nan")).to(tl.float32)  # NaN: a position outside the tables
+            sin = tl.load(sin_ptr + offs, known, float("nan")).to(tl.float32)
         if NEGATE:
             sin = -sin
         x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
         y0, y1 = x0 * cos - x1 * sin, x1 * cos + x0 * sin
         if INTERLEAVED:
-            tl.store(y_rows + cols, tl.reshape(tl.join(y0, y1), x.shape), mask & (cols < R))
+            tl.store(y_ptr + cols, tl.reshape(tl.join(y0, y1), (BLOCK_H, BLOCK_T, 2 * HALF)), mask & (cols < R))
         else:
-            tl.store(y_rows + cols, y0, mask & (cols < R // 2))
-            tl.store(y_rows + R // 2 + cols, y1, mask & (cols < R // 2))
+            tl.store(y_ptr + pairs, y0, mask & (pairs < R // 2))
+            tl.store(y_ptr + R // 2 + pairs, y1, mask & (pairs < R // 2))
         if OUT != "inplace":
             for start in tl.static_range(R, D, 2 * HALF):  # the part that is not rotated
-                cols = start + tl.arange(0, 2 * HALF)[None, None, :]
-                tl.store(y_rows + cols, tl.load(x_rows + cols, mask & (cols < D)), mask & (cols < D))
-
-    # Strides are left to be specialised (loads of 16 bytes need to know that they are multiples of 16), counts are not
-    @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb"])
-    def _rope_kernel(
-        q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr,  # cos, sin: or None, then RATIO
-        stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_cb, stride_pb,
-        tokens, S, rows, Hq, Hk, stride_cs: tl.constexpr, RATIO: tl.constexpr, BITS: tl.constexpr,
-        D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NEGATE: tl.constexpr,
-        OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCKS: tl.constexpr
-    ):  # fmt: skip
-        """BLOCK_T tokens of BLOCKS blocks of BLOCK_H heads each; the blocks of k follow those of q."""
-        blocks_q = tl.cdiv(Hq, BLOCK_H)
-        programs = tl.cdiv(blocks_q + tl.cdiv(Hk, BLOCK_H), BLOCKS)  # for each tile of tokens
-        token = (tl.program_id(0) // programs * BLOCK_T + tl.arange(0, BLOCK_T))[None, :, None]
-        mask = token < tokens
-        b, s = (token // S).to(tl.int64), (token % S).to(tl.int64)
-        cols = tl.arange(0, HALF)[None, None, :]
-        if cos_ptr is None:
-            cos, sin = _cos_sin(s, cols, RATIO, BITS)
-            offs, inside = None, None
-        else:
-            cos, sin = None, None
-            position = s
-            if position_ptr is not None:
-                position = tl.load(position_ptr + b * stride_pb + s, mask, 0).to(tl.int64)
-            offs = b * stride_cb + position * stride_cs + cols
-            inside = mask & (position >= 0) & (position < rows) & (cols < R // 2)
-        heads = tl.arange(0, BLOCK_H).to(tl.int64)[:, None, None]
-        first = tl.program_id(0) % programs * BLOCKS
-        for block in range(first, first + BLOCKS):
-            if block < blocks_q:
-                _rotate_heads(
-                    q_ptr, q_out_ptr, stride_qb, stride_qs, stride_qh, b, s, block * BLOCK_H + heads, S, Hq, mask,
-                    cos, sin, cos_ptr, sin_ptr, offs, inside, D, R, HALF, INTERLEAVED, NEGATE, OUT
-                )  # fmt: skip
-            elif k_ptr is not None:
-                _rotate_heads(
-                    k_ptr, k_out_ptr, stride_kb, stride_ks, stride_kh, b, s, (block - blocks_q) * BLOCK_H + heads, S,
-                    Hk, mask, cos, sin, cos_ptr, sin_ptr, offs, inside, D, R, HALF, INTERLEAVED, NEGATE, OUT
-                )  # fmt: skip
+                rest = mask & (start + cols < D)
+                tl.store(y_ptr + start + cols, tl.load(x_ptr + start + cols, rest), rest)
 
 
 def _kernel_serves(*tensors) -> bool:
@@ -281,32 +264,37 @@ def _kernel_serves(*tensors) -> bool:
     return True
 
 
-def _tile(tokens, HALF, angles):
-    """Tokens and heads of a tile, tiles of a program, warps."""
-    if angles:  # threads all at different angles, each of which serves many heads
-        return max(1024 // HALF, 1), 2, 16 if tokens >= 8192 else 4, 4
-    return max(256 // HALF, 1), 8, 1, 4
+def _tile(HALF, angles):
+    """Tokens and heads of a program, warps."""
+    if angles:  # each thread at one token's angles, which serve eight heads
+        return max(256 // HALF, 1), 8, 1
+    return max(64 // HALF, 1), 8, 1
 
 
 def _launch(q, k, cos, sin, position_ids, R, interleaved, theta=None, negate=False, inplace=False):
-    """q and k (B, S, H, D), one of which may be None, with tables, or None and theta -> the pair, rotated."""
+    """q and k, one of which may be None, rotated by tables, or (cos None) by theta's angles."""
     if q is None:
         return _launch(k, None, cos, sin, position_ids, R, interleaved, theta, negate, inplace)[::-1]
-    B, S, Hq, D = q.shape
-    stride_qb, stride_qs, stride_qh, stride_qd = q.stride()
-    Hk, stride_kb, stride_ks, stride_kh, stride_kd = (0, 0, 0, 0, 1) if k is None else (k.shape[2], *k.stride())
+    S, Hq, D = q.shape[-3:]
+    stride_qs, stride_qh, stride_qd = q.stride()[-3:]
+    Hk, stride_ks, stride_kh, stride_kd = (0, 0, 0, 1) if k is None else (k.shape[-2], *k.stride()[-3:])
     if stride_qd != 1 or stride_kd != 1:  # the one case that costs a copy
         dense = [None if t is None else t.contiguous() for t in (q, k)]
         out = _launch(*dense, cos, sin, position_ids, R, interleaved, theta, negate, inplace)
         return tuple(None if t is None else t.copy_(o) for t, o in zip((q, k), out)) if inplace else out
-    q_out, k_out, OUT = q, k, "inplace"
-    if not inplace and stride_qh > stride_qs:
-        OUT = "bhsd"
-        q_out = q.new_empty(B, Hq, S, D).transpose(1, 2)
-        k_out = None if k is None else k.new_empty(B, Hk, S, D).transpose(1, 2)
-    elif not inplace:
-        OUT = "bshd"
-        q_out, k_out = q.new_empty(B, S, Hq, D), None if k is None else k.new_empty(B, S, Hk, D)
+    B, stride_qb, stride_kb = 1, 0, 0
+    if q.dim() == 4:
+        B, stride_qb, stride_kb = q.shape[0], q.stride(0), 0 if k is None else k.stride(0)
+    if inplace:
+        OUT, q_out, k_out = "inplace", q, k
+    elif stride_qh > stride_qs:
+        shape = q.shape[:-3]
+        OUT, q_out = "bhsd", q.new_empty((*shape, Hq, S, D)).transpose(-3, -2)
+        k_out = None if k is None else k.new_empty((*shape, Hk, S, D)).transpose(-3, -2)
+    else:  # half the host's time of new_empty
+        OUT, dense = "bshd", torch.contiguous_format
+        q_out = torch.empty_like(q, memory_format=dense)
+        k_out = None if k is None else torch.empty_like(k, memory_format=dense)
     rows = stride_cb = stride_cs = stride_pb = ratio = 0
     if cos is None:
         ratio = min(round(theta ** (-2 / R) * 2**64), 2**64 - 1)
@@ -320,12 +308,12 @@ def _launch(q, k, cos, sin, position_ids, R, interleaved, theta=None, negate=Fal
         position_ids = position_ids.contiguous()
         stride_pb = S if position_ids.dim() == 2 and position_ids.shape[0] > 1 else 0
     bits = (R // 2 - 1).bit_length()
-    BLOCK_T, BLOCK_H, BLOCKS, num_warps = _tile(B * S, 1 << bits, cos is None)
-    blocks = -(-Hq // BLOCK_H) + -(-Hk // BLOCK_H)  # ceil
-    _rope_kernel[(-(-(B * S) // BLOCK_T) * -(-blocks // BLOCKS),)](
+    BLOCK_T, BLOCK_H, num_warps = _tile(1 << bits, cos is None)
+    programs = -(-(B * S) // BLOCK_T) * (-(-Hq // BLOCK_H) + -(-Hk // BLOCK_H))  # ceil
+    _rope_kernel[(programs,)](
         q, k, q_out, k_out, cos, sin, position_ids, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-        stride_cb, stride_pb, B * S, S, rows, Hq, Hk, stride_cs, ratio, bits, D, R, 1 << bits, interleaved, negate, OUT,
-        BLOCK_T, BLOCK_H, BLOCKS, num_warps=num_warps
+        stride_cb, stride_cs, stride_pb, B * S, S, rows, Hq, Hk, ratio, D, R, bits, interleaved, negate, OUT,
+        BLOCK_T, BLOCK_H, num_warps=num_warps
     )  # fmt: skip
     if inplace and not torch.compiler.is_compiling():  # autograd is told, as PyTorch's own in-place operations tell it
         for t in (q, k):
@@ -369,8 +357,9 @@ def _check_qk(q, k, dims):
             raise ValueError(f"{name} must be {forms}, got shape {tuple(t.shape)}")
     if k is None:
         return
-    if k.dim() != q.dim() or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}")
+    q_shape, k_shape = q.shape, k.shape
+    if k_shape[:-2] != q_shape[:-2] or k_shape[-1] != q_shape[-1]:
+        raise ValueError(f"k must have q's shape {tuple(q_shape)} but for the heads, got {tuple(k_shape)}")
     if k.dtype != q.dtype:
         raise TypeError(f"k must have q's dtype {q.dtype}, got {k.dtype}")
     if k.device != q.device:
@@ -378,9 +367,12 @@ def _check_qk(q, k, dims):
 
 
 def _check_tables(q, cos, sin, position_ids, rotary_dim):
+    """Returns R."""
     B, S, D = q.shape[0] if q.dim() == 4 else 1, q.shape[-3], q.shape[-1]
     for name, t in (("cos", cos), ("sin", sin), ("position_ids", position_ids)):
-        if t is not None and t.device != q.device:
+        if t is None:
+            continue
+        if t.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
         if t is not position_ids and not t.is_floating_point():
             raise TypeError(f"{name} must be a float tensor, got {t.dtype}")
@@ -398,7 +390,7 @@ def _check_tables(q, cos, sin, position_ids, rotary_dim):
         rows = shape[0 if dims == 2 else 1]
         if rows < S:
             raise ValueError(f"cos must have at least {S} rows, one for each position of q, got {rows}")
-        return
+        return R
     if position_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
     if dims != 2:
@@ -406,6 +398,7 @@ def _check_tables(q, cos, sin, position_ids, rotary_dim):
     shape = position_ids.shape
     if shape[-1:] != (S,) or len(shape) > 2 or (len(shape) == 2 and shape[0] not in (1, B)):
         raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(shape)}")
+    return R
 
 
 def apply_rope(
@@ -428,32 +421,27 @@ def apply_rope(
     TypeError for dtypes.
     """
     _check_qk(q, k, (3, 4))
-    _check_tables(q, cos, sin, position_ids, rotary_dim)
+    R = _check_tables(q, cos, sin, position_ids, rotary_dim)
     if inplace:
         for name, t in (("q", q), ("k", k)):
-            if t is not None and t.requires_grad and torch.is_grad_enabled():
+            if t is not None and t.requires_grad:
                 raise ValueError(f"inplace must be False where {name} requires a gradient")
             if t is not None and any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
                 raise ValueError(f"inplace must be False where {name} is expanded, got strides {t.stride()}")
-    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    options = {"interleaved": interleaved, "position_ids": position_ids, "rotary_dim": rotary_dim, "inplace": inplace}
+    gradients = torch.is_grad_enabled()
+    learned = gradients and (cos.requires_grad or sin.requires_grad)
     if learned or not q.numel() or not _kernel_serves(q, k, cos, sin, position_ids):
-        return rope_torch(q, k, cos, sin, **options)
+        return rope_torch(
+            q, k, cos, sin, interleaved=interleaved, position_ids=position_ids, rotary_dim=R, inplace=inplace
+        )
     if q.is_cuda and not torch.compiler.is_compiling() and q.get_device() != torch.cuda.current_device():
         with torch.cuda.device(q.device):  # Triton launches on the current device, not on q's
-            return apply_rope(q, k, cos, sin, **options)
-    R = _rotary_dim(q.shape[-1], cos, rotary_dim)
-    if q.dim() == 3:
-        q4, k4 = q.unsqueeze(0), None if k is None else k.unsqueeze(0)
-        q4, k4 = _apply(q4, k4, cos, sin, position_ids, R, interleaved, None, inplace)
-        return (q, k) if inplace else (q4.squeeze(0), None if k is None else k4.squeeze(0))
-    return _apply(q, k, cos, sin, position_ids, R, interleaved, None, inplace)
-
-
-def _apply(q, k, cos, sin, position_ids, R, interleaved, theta, inplace):
-    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
-        return _RoPE.apply(q, k, cos, sin, position_ids, R, interleaved, theta)
-    return _launch(q, k, cos, sin, position_ids, R, interleaved, theta, inplace=inplace)
+            return apply_rope(
+                q, k, cos, sin, interleaved=interleaved, position_ids=position_ids, rotary_dim=R, inplace=inplace
+            )
+    if gradients and (q.requires_grad or (k is not None and k.requires_grad)):
+        return _RoPE.apply(q, k, cos, sin, position_ids, R, interleaved, None)
+    return _launch(q, k, cos, sin, position_ids, R, interleaved, inplace=inplace)
 
 
 def apply_rotary_pos_emb(
@@ -495,7 +483,9 @@ def rope_triton(
     if q.is_cuda and not torch.compiler.is_compiling() and q.get_device() != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return rope_triton(q, k, seq_len, theta, interleaved=interleaved)
-    return _apply(q, k, None, None, None, q.shape[-1], interleaved, float(theta), False)
+    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
+        return _RoPE.apply(q, k, None, None, None, q.shape[-1], interleaved, float(theta))
+    return _launch(q, k, None, None, None, q.shape[-1], interleaved, float(theta))
 
 
 class RotaryEmbedding(nn.Module):
