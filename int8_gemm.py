@@ -67,6 +67,11 @@ if triton is not None:
         return tl.minimum(tl.maximum(v, -QMAX), QMAX).to(tl.int8)
 
     @triton.jit
+    def _amax(x):
+        # a float's magnitude orders as its bits do, with NaN above all: an integer maximum, which keeps NaN
+        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+    @triton.jit
     def _widen(w, dtype: tl.constexpr):
         """int8 to a float type, exact, by bits: converting instructions run at an eighth of the rate."""
         u = w.to(tl.uint8, bitcast=True)
@@ -85,20 +90,21 @@ if triton is not None:
         cols = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :]
         q_ptrs = q_ptr + rows[:, None] * K + cols[None, :]
-        amax = tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
-        for k in range(0, K, BLOCK_K):
-            mask = (rows[:, None] < M) & (cols[None, :] < K - k)
-            x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
-            # a magnitude orders as its bits do, with NaN above all: an integer maximum, which keeps NaN
-            amax = tl.maximum(amax, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        scale = tl.div_rn(tl.max(amax, 1).to(tl.float32, bitcast=True), QMAX)
+        mask = (rows[:, None] < M) & (cols[None, :] < K)
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        amax = _amax(x)
+        for k in range(BLOCK_K, K, BLOCK_K):  # rows longer than a block: read twice, the second time mostly from L2
+            mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
+            amax = tl.maximum(amax, _amax(tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)))
+        scale = tl.div_rn(amax.to(tl.float32, bitcast=True), QMAX)
         scale = tl.where(scale == 0.0, 1.0, scale)
         tl.store(scale_ptr + rows, scale, mask=rows < M)
         scale = tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_K))
-        for k in range(0, K, BLOCK_K):  # the second reading comes from L1 and L2
-            mask = (rows[:, None] < M) & (cols[None, :] < K - k)
-            x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(tl.float32)
-            tl.store(q_ptrs + k, _round_int8(tl.div_rn(x, scale), QMAX), mask=mask)
+        tl.store(q_ptrs, _round_int8(tl.div_rn(x, scale), QMAX), mask=mask)
+        for k in range(BLOCK_K, K, BLOCK_K):
+            mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
+            x = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
+            tl.store(q_ptrs + k, _round_int8(tl.div_rn(x, scale), QMAX), mask=mask_k)
 
     @triton.jit
     def _quantize_flat_kernel(x_ptr, q_ptr, scale_ptr, numel, QMAX: tl.constexpr, BLOCK: tl.constexpr):
@@ -171,6 +177,33 @@ if triton is not None:
         if W8A8:
             y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M)[None, :]
         y *= tl.load(scale_ptr + offs_n, mask=offs_n < N)[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
+
+    @triton.jit(do_not_specialize=["M"])
+    def _sliced_gemm_kernel(
+        x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_wn,
+        HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+        SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """_gemm_kernel for few rows and channels: a program's warps share out a step of K and not a tile of y."""
+        offs_m, offs_n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_k = tl.arange(0, SLICES)[:, None, None] * BLOCK_K
+        offs_wk = first_k + tl.arange(0, BLOCK_K)[None, None, :]
+        offs_xk = first_k + tl.arange(0, BLOCK_K)[None, :, None]
+        w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[None, :, None] * stride_wn + offs_wk
+        x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, None, :] * stride_xm + offs_xk
+        acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
+        for k in range(0, K, SLICES * BLOCK_K):
+            if EVEN_K:
+                w, x = tl.load(w_ptrs + k), tl.load(x_ptrs + k)
+            else:
+                w = tl.load(w_ptrs + k, mask=offs_wk < K - k, other=0)
+                x = tl.load(x_ptrs + k, mask=offs_xk < K - k, other=0)
+            acc = tl.dot(_widen(w, x.dtype), x, acc)
+        y = tl.sum(acc, 0) * tl.load(scale_ptr + offs_n, mask=offs_n < N)[:, None]
         if HAS_BIAS:
             y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
         y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
@@ -262,11 +295,13 @@ def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
     q = torch.empty(M, K, dtype=torch.int8, device=x.device)
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
     block_k = 128
-    while block_k < min(K, 2048):  # longer rows in blocks of 2048: 8192 x 14336 takes 105 us, 177 with whole rows (H200)
+    while block_k < min(K, 4096):
         block_k *= 2
-    block_m = 2048 // block_k
+    if K > 4096:  # longer rows in blocks of 2048, us for 8192 x 14336 (H200): 127; in blocks of 4096 146, whole 178
+        block_k = 2048
+    block_m = max(1, 2048 // block_k)
     grid = (triton.cdiv(M, block_m),)
-    _quantize_rows_kernel[grid](x, q, scale, x.stride(0), M, K, qmax, block_m, block_k, num_warps=4)
+    _quantize_rows_kernel[grid](x, q, scale, x.stride(0), M, K, qmax, block_m, block_k, num_warps=8 if K > 2048 else 4)
     return q, scale
 
 
@@ -294,8 +329,8 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     if not rows or not quantized.numel() or dtype == torch.float64 or not _kernel_serves(quantized, scale):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return (quantized.to(wide) * scale.to(wide)).to(dtype)
-    current = torch.compiler.is_compiling() or not quantized.is_cuda or quantized.get_device() == torch.cuda.current_device()
-    if not current:
+    device = quantized.get_device()
+    if quantized.is_cuda and not torch.compiler.is_compiling() and device != torch.cuda.current_device():
         with torch.cuda.device(quantized.device):  # Triton launches on the current device, not on quantized's
             return dequantize(quantized, scale, dtype)
     return _dequantize_rows(quantized, scale.contiguous(), dtype)
@@ -334,10 +369,12 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     capability, sms = _gpu(x)
     wide = N > 64 * sms  # many channels: the SMs are busy without dividing the work finely
     if M == 1 and not w8a8:
-        block_n, block_k, warps, stages = (16, 512, 4, 4) if wide and K <= 4096 else (8, 1024, 8, 3)
+        # us, H200, (K, N) = (4096, 14336), (14336, 4096), (4096, 4096): 21.5, 19.6, 8.0 (bf16: 38.1, 38.6, 15.6);
+        # (2560, 18944): 18.9 us with steps of 512, 21.6 with 1024, of which 2560 is no multiple
+        block_n, block_k, stages = (4, 1024, 3) if K % 1024 == 0 or K > 8192 else (8, 512, 4)
         _one_row_kernel[(triton.cdiv(N, block_n),)](
             x, weight, scale, bias, y, N, K, weight.stride(0), bias is not None, block_n, block_k,
-            num_warps=warps, num_stages=stages,
+            num_warps=4, num_stages=stages,
         )  # fmt: skip
         return y
     ieee = not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
@@ -348,14 +385,26 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     if tma and not ieee and M > (64 if w8a8 else 256):
         _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms)
         return y
+    if M <= 16 and not (wide or ieee or w8a8):  # us at (14336, 4096), (4096, 4096): 24.7, 10.2; unsliced 29.6, 11.5
+        block_n, block_k, slices = 16, 128, 4
+        _sliced_gemm_kernel[(triton.cdiv(N, block_n),)](
+            x, weight, scale, bias, y, M, N, K, x.stride(0), weight.stride(0),
+            bias is not None, bool(K % (slices * block_k) == 0), slices, 16, block_n, block_k,
+            num_warps=4, num_stages=4 if capability[0] in (9, 10) else 2,
+        )  # fmt: skip
+        return y
     if ieee:
         block_m, block_n, block_k, warps, stages = (16, 64, 32, 4, 2) if M <= 16 else (32, 64, 32, 8, 2)
     elif M <= 64 and w8a8:
         block_m, block_n, block_k, warps = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128 if wide else 256, 4
         stages = 6 if capability[0] in (9, 10) else 3 if wide else 2  # others have 100 kB or less
-    elif M <= 64:  # H200 at (4096, 14336): 23.4 us with 16 rows, 34.7 with 64
-        block_m, block_n, block_k, warps, stages = (16, 32, 256, 2, 4) if M <= 16 else (64, 64, 128, 4, 4 if capability[0] in (9, 10) else 3)
-    elif capability[0] == 9 and not w8a8:
+    elif M <= 16:  # us at (4096, 14336) on an H200: 22.6; F.linear 37.8
+        block_m, block_n, block_k, warps, stages = 16, 32, 128, 2, 6
+    elif M <= 64:  # 34.4; F.linear 38.6
+        block_m, block_n, block_k, warps, stages = 64, 64, 128, 4, 4 if capability[0] in (9, 10) else 3
+    elif M <= 128 and not w8a8:  # 43.7; F.linear 39.0
+        block_m, block_n, block_k, warps, stages = 128, 64, 128, 4, 3 if capability[0] in (9, 10) else 2
+    elif capability[0] == 9 and not w8a8:  # M = 256: 62.6; F.linear 46.5
         block_m, block_n, block_k, warps, stages = 256, 128, 64, 8, 4
     else:
         block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
@@ -374,7 +423,7 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
     x, weight = _for_tma(x), _for_tma(weight)
     block_m, block_n, block_k, warps, per_sm = 128, 256, 128 // x.element_size(), 8, 1
     stages = 3 if y.element_size() == 4 else 4  # M = 2048: 189 us, 199 with 3
-    if triton.cdiv(M, block_m) * triton.cdiv(N, block_n) < 0.8 * sms:  # too few for the SMs: smaller tiles, two at a time
+    if triton.cdiv(M, block_m) * triton.cdiv(N, block_n) < 0.8 * sms:  # smaller tiles, two on an SM
         block_m, block_n, warps, stages, per_sm = 64, 128, 4, 4, 2
     elif capability[0] != 9:  # sm_100 would spill
         block_n = 128
@@ -388,9 +437,9 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
 
 
 def _for_tma(t: Tensor) -> Tensor:
-    """t, or a copy if its rows do not start at multiples of 16 bytes (a traced tensor's storage is taken to do so)."""
-    start = 0 if torch.compiler.is_compiling() else t.data_ptr()
-    aligned = start % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+    """t, or a copy if its rows do not start at multiples of 16 bytes (traced: unless contiguous)."""
+    start = not t.is_contiguous() if torch.compiler.is_compiling() else t.data_ptr() % 16
+    aligned = not start and t.stride(0) * t.element_size() % 16 == 0
     return t if aligned and t.stride(0) > 0 else t.clone(memory_format=torch.contiguous_format)
 
 

@@ -192,9 +192,15 @@ def _kernel_serves(*tensors) -> bool:
 
 
 def _rows(t):
-    """t as a matrix whose columns are adjacent: a view wherever the strides allow one."""
+    """t itself where it is contiguous (a reshape costs a microsecond), else a matrix whose columns are adjacent."""
+    if t.is_contiguous():
+        return t
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _stride(t):
+    return 0 if t is None else t.shape[-1] if t.is_contiguous() else t.stride(0)
 
 
 def _block(N):
@@ -202,9 +208,10 @@ def _block(N):
 
 
 def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
-    M, N = x.shape
-    y = x.new_empty(M, N)
-    h = residual.new_empty(M, N) if keep_h else None
+    N = x.shape[-1]
+    M = x.numel() // N
+    y = x.new_empty(x.shape)
+    h = residual.new_empty(x.shape) if keep_h else None
     rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
     # Whole rows up to 16384 columns, 32 elements a thread: 0.95 of an H200's copy rate at 16384x4096 and 16384x8192.
     # Beyond, steps of 4096 (298 us at 16384x18944) or for the longest 32768 (152 us at 1024x131072; of 4096 191 us)
@@ -212,20 +219,21 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     BLOCK_M = max(2048 // BLOCK_N, 1)
     num_warps = min(max(BLOCK_M * BLOCK_N // 1024, 4), 16) if N <= 16384 else 16
     _rmsnorm_fwd_kernel[(-(-M // BLOCK_M),)](
-        x, residual, weight, y, h, rstd, x.stride(0), 0 if residual is None else residual.stride(0), M, N,
-        eps, offset, casting == "llama", N > BLOCK_N, BLOCK_M, BLOCK_N, num_warps=num_warps
+        x, residual, weight, y, h, rstd, _stride(x), _stride(residual), M, N, eps, offset,
+        casting == "llama", N > BLOCK_N, BLOCK_M, BLOCK_N, num_warps=num_warps
     )  # fmt: skip
     return y, h, rstd
 
 
 def _backward(h, weight, rstd, dy, dh, dtypes, offset, casting):
     """Gradients of x, residual and weight; dtypes holds theirs, None for one that nothing asks for."""
-    M, N = h.shape
+    N = h.shape[-1]
+    M = h.numel() // N
     dx_dtype, dres_dtype, dw_dtype = dtypes
     same = dx_dtype is None or dres_dtype is None or dx_dtype == dres_dtype  # then one tensor serves both
     dx_dtype = dres_dtype if dx_dtype is None else dx_dtype
-    dx = None if dx_dtype is None else h.new_empty(M, N, dtype=dx_dtype)
-    dres = None if same else h.new_empty(M, N, dtype=dres_dtype)
+    dx = None if dx_dtype is None else h.new_empty(h.shape, dtype=dx_dtype)
+    dres = None if same else h.new_empty(h.shape, dtype=dres_dtype)
     # Tiles of 8192 elements, one program an SM, loads two tiles ahead, or three where the mask cuts rows short (71 us
     # instead of 82 at 16384x2560), as far as shared memory goes
     BLOCK_N = _block(N) if N <= 8192 else 4096
@@ -242,11 +250,11 @@ def _backward(h, weight, rstd, dy, dh, dtypes, offset, casting):
     if blocks > 1 and dx is not None:  # 320 us at 4096x32768; sums of dw kept in L2 by programs with whole rows: 526
         mean = torch.empty_like(rstd)
         _rmsnorm_mean_kernel[(M,)](
-            h, weight, rstd, dy, mean, h.stride(0), dy.stride(0), N, offset, 8192, num_warps=16
+            h, weight, rstd, dy, mean, _stride(h), _stride(dy), N, offset, 8192, num_warps=16
         )
     dw = None if dw_dtype is None else h.new_empty(programs, N, dtype=torch.float32)
     _rmsnorm_bwd_kernel[(programs * blocks,)](
-        h, weight, rstd, mean, dy, dh, dx, dres, dw, h.stride(0), dy.stride(0), 0 if dh is None else dh.stride(0),
+        h, weight, rstd, mean, dy, dh, dx, dres, dw, _stride(h), _stride(dy), _stride(dh),
         M, N, programs, offset, casting == "llama", BLOCK_M, BLOCK_N, stages, num_warps=8
     )  # fmt: skip
     dw = None if dw is None else dw.sum(0).to(dw_dtype)
@@ -323,8 +331,10 @@ def rmsnorm(
     shape, x, eps, offset = x.shape, _rows(x), float(_eps(x, eps)), float(offset)
     weight = weight if weight is None else weight.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        return _RMSNorm.apply(x, None, weight, eps, offset, casting).view(shape)
-    return _forward(x, None, weight, eps, offset, casting, False, False)[0].view(shape)
+        y = _RMSNorm.apply(x, None, weight, eps, offset, casting)
+    else:
+        y = _forward(x, None, weight, eps, offset, casting, False, False)[0]
+    return y if y.dim() == len(shape) else y.view(shape)
 
 
 def rmsnorm_residual_fused(
@@ -349,6 +359,8 @@ def rmsnorm_residual_fused(
         with torch.cuda.device(x.device):
             return rmsnorm_residual_fused(x, residual, weight, eps, **options)
     shape, x, residual, eps, offset = x.shape, _rows(x), _rows(residual), float(_eps(x, eps)), float(offset)
+    if x.dim() != residual.dim():
+        x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
     weight = weight if weight is None else weight.contiguous()
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
@@ -356,7 +368,9 @@ def rmsnorm_residual_fused(
         y, h = _RMSNorm.apply(x, residual, weight, eps, offset, casting)
     else:
         y, h, _ = _forward(x, residual, weight, eps, offset, casting, return_residual, False)
-    return (y.view(shape), h.view(shape)) if return_residual else y.view(shape)
+    if y.dim() != len(shape):
+        y, h = y.view(shape), h if h is None else h.view(shape)
+    return (y, h) if return_residual else y
 
 
 class TritonRMSNorm(nn.RMSNorm):

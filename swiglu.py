@@ -63,13 +63,14 @@ def gated_mlp_torch(x: Tensor, gate_weight: Tensor, up_weight: Tensor | None = N
 if triton is not None:
 
     @triton.jit
-    def _act(x, ACT: tl.constexpr):
-        if ACT == "silu":
-            y = x / (1 + tl.exp(-x))
-        elif ACT == "gelu":
+    def _act(x, ACT: tl.constexpr, EXACT: tl.constexpr = False):
+        if ACT == "gelu":
             y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-        else:  # (1 + tanh(u)) / 2 = sigmoid(2 * u)
-            y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        else:  # x * sigmoid(z); gelu_tanh by (1 + tanh(u)) / 2 = sigmoid(2 * u)
+            z = x if ACT == "silu" else 1.5957691216057308 * (x + 0.044715 * x * x * x)
+            # Correctly rounded, the error in float32 is PyTorch's own instead of 1.11 times as large; 16 bits would only pay
+            # 7 % of their time for it
+            y = tl.div_rn(x, 1 + tl.exp(-z)) if EXACT else x / (1 + tl.exp(-z))
         return y
 
     @triton.jit
@@ -101,7 +102,7 @@ if triton is not None:
         mask = cols < I
         gate = tl.load(gate_ptr + row * stride_gm + cols, mask).to(tl.float32)
         up = tl.load(up_ptr + row * stride_um + cols, mask).to(tl.float32)
-        tl.store(out_ptr + row * stride_om + cols, _act(gate, ACT) * up, mask)
+        tl.store(out_ptr + row * stride_om + cols, _act(gate, ACT, out_ptr.dtype.element_ty == tl.float32) * up, mask)
 
     @triton.jit
     def _swiglu_bwd_kernel(
@@ -181,21 +182,26 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["M"])
     def _gated_mlp_tma_kernel(
-        x_desc, w_desc, out_desc, pre_desc, M, I, K,
-        ACT: tl.constexpr, UP_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr
+        x_desc, w_desc, out_desc, pre_desc, M, I, K, ACT: tl.constexpr, UP_FIRST: tl.constexpr,
+        WEIGHT_LEFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr
     ):  # fmt: skip
+        GROUP_M: tl.constexpr = 8  # rows of tiles that share the weights in L2; 2 costs 11 % at 2048 rows
         tiles_m, tiles_i = tl.cdiv(M, BLOCK_M), tl.cdiv(I, BLOCK_I)
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_i, tl.num_programs(0), flatten=True):
-            first = tile // (GROUP_M * tiles_i) * GROUP_M  # GROUP_M rows of tiles share the weights in L2
+            first = tile // (GROUP_M * tiles_i) * GROUP_M
             group = tl.minimum(tiles_m - first, GROUP_M)
             m = (first + tile % (GROUP_M * tiles_i) % group) * BLOCK_M
+            # TMA is slow on rows past the end: the last tile moves up and computes some of its neighbour's rows again
+            m = tl.maximum(tl.minimum(m, M - BLOCK_M), 0)
             i = tile % (GROUP_M * tiles_i) // group * BLOCK_I
-            acc = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
+            acc = tl.zeros((2 * BLOCK_I, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, 2 * BLOCK_I), tl.float32)
             for k in range(0, tl.cdiv(K, BLOCK_K)):
                 x = x_desc.load([m, k * BLOCK_K])
                 # gate's and up's rows lie one above the other: one product twice as wide, the tensor cores' favourite
                 w = w_desc.load([0, i, k * BLOCK_K]).reshape(2 * BLOCK_I, BLOCK_K)
-                acc = tl.dot(x, w.T, acc)
+                acc = tl.dot(w, x.T, acc) if WEIGHT_LEFT else tl.dot(x, w.T, acc)
+            if WEIGHT_LEFT:
+                acc = acc.T
             gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_I)), (0, 2, 1)))
             if UP_FIRST:
                 gate, up = up, gate
@@ -224,29 +230,35 @@ def _rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
+def _extent(*tensors):
+    """Rows, columns and row strides. Contiguous tensors are one long row: whatever I is, no row's end cuts a block short."""
+    for t in tensors:
+        if not t.is_contiguous():
+            return *tensors[0].shape, [t.stride(0) for t in tensors]
+    n = tensors[0].numel()
+    return 1, n, [n] * len(tensors)
+
+
+# Eight elements a thread are one 16-byte load of each input. H200, 16384 x 14336 bf16: 322 us forward, 1.03 of the copy
+# rate, 2048 x 11008: 34 us, 0.94. Larger blocks and more warps lose up to 10 %, at odd widths up to half
+_BLOCK = 1024
+
+
 def _swiglu_forward(gate, up, activation):
+    """gate and up contiguous or matrices; without up a packed matrix."""
     if up is None:
         gate, up = gate.chunk(2, dim=1)
-    M, I = gate.shape
-    out = gate.new_empty(M, I)
-    # Eight elements a thread are one 16-byte load of each input. H200, 16384 x 14336 bf16: 323 us, 1.02 of the copy rate;
-    # 2048 x 11008: 34 us, 0.92. Larger blocks and more warps lose up to 10 %, at odd widths up to half
-    BLOCK = 1024
-    _swiglu_fwd_kernel[(M * triton.cdiv(I, BLOCK),)](
-        gate, up, out, gate.stride(0), up.stride(0), out.stride(0), I, activation, BLOCK, num_warps=4
-    )
+    out = gate.new_empty(gate.shape)
+    M, I, strides = _extent(gate, up, out)
+    _swiglu_fwd_kernel[(M * -(-I // _BLOCK),)](gate, up, out, *strides, I, activation, _BLOCK, num_warps=4)
     return out
 
 
 def _swiglu_backward(dout, gate, up, dgate, dup, activation):
     """Writes dgate and dup, one of which may be None; the two share their row stride."""
-    M, I = gate.shape
-    stride_dm = (dup if dgate is None else dgate).stride(0)
-    BLOCK = 1024
-    _swiglu_bwd_kernel[(M * triton.cdiv(I, BLOCK),)](
-        dout, gate, up, dgate, dup,
-        dout.stride(0), gate.stride(0), up.stride(0), stride_dm, I, activation, BLOCK, num_warps=4
-    )  # fmt: skip
+    M, I, strides = _extent(dout, gate, up, dup if dgate is None else dgate)
+    grid = (M * -(-I // _BLOCK),)
+    _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, *strides, I, activation, _BLOCK, num_warps=4)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -260,7 +272,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         gate, up = ctx.saved_tensors
-        dout = _rows(dout)
+        dout = _rows(dout) if up is None or not (gate.is_contiguous() and up.is_contiguous()) else dout.contiguous()
         if up is None:  # one gradient for the packed pair, as it came
             dgate, dup = gate.new_empty(gate.shape), None
             _swiglu_backward(dout, *gate.chunk(2, dim=1), *dgate.chunk(2, dim=1), ctx.activation)
@@ -309,14 +321,15 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, activation: str = "silu
         with torch.cuda.device(gate.device):  # Triton launches on the current device, not on gate's
             return swiglu_fused(gate, up, activation)
 
-    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
-    if up is not None and gate.is_contiguous() and up.is_contiguous():
-        gate, up = gate.view(1, -1), up.view(1, -1)  # one long row: whatever I is, no block is cut short by a row's end
-    else:
+    shape = None
+    if up is None or not (gate.is_contiguous() and up.is_contiguous()):
+        shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
         gate, up = _rows(gate), None if up is None else _rows(up)
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
-        return _SwiGLU.apply(gate, up, activation).view(shape)
-    return _swiglu_forward(gate, up, activation).view(shape)
+        out = _SwiGLU.apply(gate, up, activation)
+    else:
+        out = _swiglu_forward(gate, up, activation)
+    return out if shape is None else out.view(shape)
 
 
 def _descriptors_serve(*tensors) -> bool:
@@ -341,7 +354,7 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
     (M, K), I = x.shape, gate_weight.shape[0] // (2 if up_weight is None else 1)
     out = x.new_empty(M, I, dtype=dtype)
     pre = x.new_empty(2, M, I) if save else None
-    if M > 16 and _descriptors_serve(x, gate_weight, up_weight, out):
+    if M > 1 and _descriptors_serve(x, gate_weight, up_weight, out):
         # One descriptor spans both weights, however far apart they lie. A traced call can't ask how far: there a copy
         # (115 us at 4096 x 14336) pays from some 1000 rows on, and below them the kernel without descriptors serves
         if up_weight is not None and torch.compiler.is_compiling() and M > 1024:
@@ -352,10 +365,10 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
     if up_weight is None:
         gate_weight, up_weight = gate_weight.chunk(2)
     if M == 1:
-        BLOCK_I, BLOCK_K = 1, 2048
+        BLOCK_I, BLOCK_K = 1, 1024  # as fast as longer steps at K = 4096 (61.6 us), and K = 2560 fills the steps better
         _gated_row_kernel[(triton.cdiv(I, BLOCK_I),)](
             x, gate_weight, up_weight, out, pre, gate_weight.stride(0), up_weight.stride(0), I, K,
-            activation, BLOCK_I, BLOCK_K, num_warps=8
+            activation, BLOCK_I, BLOCK_K, num_warps=4
         )  # fmt: skip
         return out, pre
     old = x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0)
@@ -375,23 +388,29 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
 
 def _gated_mlp_tma(x, gate_weight, up_weight, out, pre, activation):
     (M, K), I = x.shape, out.shape[1]
-    if M <= 64:
-        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, per_sm = 64, 64, 64, 4, 4, 2
-    elif M <= 128:
-        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, per_sm = 128, 64, 64, 4, 3, 2
+    # H200, 4096 x 14336 bf16, us beside torch.compile's (separate or packed weights, the faster): M = 16 66 (70), 64 67 (70),
+    # 128 71 (74), 256 97 (97), 512 177 (167), 1000 304 (320), 2048 614 (647), 8192 2699 (2849); it falls short where M leaves
+    # most of a row of tiles or of a wave empty: 200 96 (83)
+    if M <= 64:  # the weights' bytes: many small programs
+        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = (16, 32, 128, 4, 3) if M <= 16 else (64, 64, 64, 4, 3)
     else:  # 128 x 256 with both weights: what the tensor cores like best; pre's tiles take the fourth stage's memory
-        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, per_sm = 128, 128, 64, 8, 4 if pre is None else 3, 1
-    first, apart = gate_weight, I * gate_weight.stride(0)
-    if up_weight is not None:
+        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = 128, 128, 64, 8, 4 if pre is None else 3
+    box = [2, BLOCK_I, BLOCK_K]
+    if up_weight is None:
+        first, weights = gate_weight, TensorDescriptor.from_tensor(gate_weight.unflatten(0, (2, I)), box)
+    else:
         first, second = sorted((gate_weight, up_weight), key=Tensor.data_ptr)
         apart = (second.data_ptr() - first.data_ptr()) // x.element_size()
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    _gated_mlp_tma_kernel[(min(triton.cdiv(M, BLOCK_M) * triton.cdiv(I, BLOCK_I), per_sm * sms),)](
+        weights = TensorDescriptor(first, [2, I, K], [apart, first.stride(0), 1], box)
+    programs = triton.cdiv(M, BLOCK_M) * triton.cdiv(I, BLOCK_I)
+    if M > 64:  # one to an SM, each walking over tiles
+        programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
+    _gated_mlp_tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [BLOCK_M, BLOCK_K]),
-        TensorDescriptor(first, [2, I, K], [apart, gate_weight.stride(0), 1], [2, BLOCK_I, BLOCK_K]),
+        weights,
         TensorDescriptor.from_tensor(out, [BLOCK_M, BLOCK_I]),
         None if pre is None else TensorDescriptor.from_tensor(pre, [1, BLOCK_M, BLOCK_I]),
-        M, I, K, activation, first is up_weight, BLOCK_M, BLOCK_I, BLOCK_K, GROUP_M=8, num_warps=warps, num_stages=stages
+        M, I, K, activation, first is up_weight, M <= 16, BLOCK_M, BLOCK_I, BLOCK_K, num_warps=warps, num_stages=stages
     )  # fmt: skip
 
 
@@ -407,7 +426,7 @@ class _GatedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, gate_weight, up_weight, pre = ctx.saved_tensors
-        (M, K), I = x.shape, pre.shape[2]
+        M, I = pre.shape[1:]
         d = x.new_empty(M, 2 * I)
         dgate, dup = d.chunk(2, dim=1)
         _swiglu_backward(_rows(dout), pre[0], pre[1], dgate, dup, ctx.activation)
