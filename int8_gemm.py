@@ -144,20 +144,24 @@ if triton is not None:
     @triton.jit(do_not_specialize=["M"])
     def _gemm_kernel(
         x_ptr, w_ptr, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_wn,
-        HAS_BIAS: tl.constexpr, IEEE: tl.constexpr, EVEN_K: tl.constexpr,
+        HAS_BIAS: tl.constexpr, IEEE: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """One tile of y, held transposed: the weight is the left operand. x int8 (with its scales) or float."""
+        """One tile of y, held transposed: the weight is the left operand. x int8 (with its scales) or float.
+
+        With SPLIT > 1 that many programs share a tile, each with every SPLITth step of K, y is (SPLIT, M, N) float32.
+        """
         W8A8: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+        part, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
         tiles_m = tl.cdiv(M, BLOCK_M)
-        offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_k = tl.arange(0, BLOCK_K)
         # rows past the end wrap around: whole vectors are loaded without a mask and dropped at the store
         w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
         x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if W8A8 else tl.float32)
-        for k in range(0, K, BLOCK_K):
+        for k in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
             if EVEN_K:
                 w = tl.load(w_ptrs + k)
                 x = tl.load(x_ptrs + k)
@@ -166,21 +170,38 @@ if triton is not None:
                 x = tl.load(x_ptrs + k, mask=offs_k[:, None] < K - k, other=0)
             if W8A8:
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32)
-            elif IEEE:  # float32, and 16 bits where the tensor cores are older than Triton's support (sm_75)
-                # sums of BLOCK_K products, then the sum of these: 1/5 of the error of one long chain at K = 4096;
-                # with the last argument, which has no other effect here, Triton does not fuse the two into a chain
-                w, x = _widen(w, tl.float32), x.to(tl.float32)
-                acc += tl.dot(w, x, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
             else:
-                acc = tl.dot(_widen(w, x.dtype), x, acc)
+                # Sums of BLOCK_K products, then their sum: in float32 a fifth of one long chain's error at K = 4096. In
+                # 16 bits a step so waits for Hopper's tensor cores. Without that, Triton 3.6 lets the products of the
+                # step before run on while it overwrites the registers that they read w from, and results vary.
+                # The last argument has no other effect here than to keep Triton from fusing the sum into a chain.
+                dtype: tl.constexpr = tl.float32 if IEEE else x_ptr.dtype.element_ty
+                w, x = _widen(w, dtype), x.to(dtype)
+                acc += tl.dot(w, x, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
         y = acc.to(tl.float32)
         if W8A8:
             y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M)[None, :]
-        y *= tl.load(scale_ptr + offs_n, mask=offs_n < N)[:, None]
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
-        y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        if SPLIT == 1:
+            y *= tl.load(scale_ptr + offs_n, mask=offs_n < N)[:, None]
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + (part.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
+
+    @triton.jit(do_not_specialize=["M"])
+    def _add_parts_kernel(
+        parts_ptr, scale_ptr, bias_ptr, y_ptr, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr
+    ):
+        tiles_n = tl.cdiv(N, BLOCK_N)
+        row = tl.program_id(0).to(tl.int64) // tiles_n
+        cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        y = tl.zeros((BLOCK_N,), tl.float32)
+        for part in tl.static_range(SPLIT):
+            y += tl.load(parts_ptr + (part * M + row) * N + cols, mask=cols < N)
+        y *= tl.load(scale_ptr + cols, mask=cols < N)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + cols, mask=cols < N).to(tl.float32)
+        tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
 
     @triton.jit(do_not_specialize=["M"])
     def _sliced_gemm_kernel(
@@ -216,7 +237,7 @@ if triton is not None:
     ):  # fmt: skip
         """y = x @ w.T for many rows, both of one type: as many programs as there are SMs walk over the tiles."""
         W8A8: tl.constexpr = x_desc.dtype == tl.int8
-        GROUP_M: tl.constexpr = 16  # tiles go down 16 rows of tiles before the next column: x and w are re-read from L2
+        GROUP_M: tl.constexpr = 8  # tiles go down 8 rows of tiles before the next column: x and w are re-read from L2
         tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
             first_m = tile // (GROUP_M * tiles_n) * GROUP_M
@@ -380,38 +401,43 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     ieee = not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
     if w8a8:
         x, x_scale = _quantize_rows(x)
-    # W8A16 widens the weight first, 41 us for 4096 x 14336 at the copy rate: half of what the product of 512 rows takes
+    # W8A16 widens the weight first: 44 us for 4096 x 14336, where F.linear takes 45 with 256 rows and 303 with 2048
     tma = capability[0] in (9, 10) and K % 16 == 0 and N * y.element_size() % 16 == 0
-    if tma and not ieee and M > (64 if w8a8 else 256):
+    if tma and not ieee and M > (64 if w8a8 else 128):
         _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms)
         return y
-    if M <= 16 and not (wide or ieee or w8a8):  # us at (14336, 4096), (4096, 4096): 24.7, 10.2; unsliced 29.6, 11.5
-        block_n, block_k, slices = 16, 128, 4
-        _sliced_gemm_kernel[(triton.cdiv(N, block_n),)](
+    hopper, split = capability[0] in (9, 10), 1  # those have 227 kB of shared memory, others 100 or less
+    if M <= 32 and not (wide or ieee or w8a8):
+        # us at (14336, 4096), (4096, 4096), M = 16: 24.7, 10.2, unsliced 29.6, 11.5; 32: 31.2, 12.3, 59.6, 19.1
+        block_m, stages = (16, 4 if hopper else 2) if M <= 16 else (32, 3 if hopper else 2)
+        _sliced_gemm_kernel[(triton.cdiv(N, 16),)](
             x, weight, scale, bias, y, M, N, K, x.stride(0), weight.stride(0),
-            bias is not None, bool(K % (slices * block_k) == 0), slices, 16, block_n, block_k,
-            num_warps=4, num_stages=4 if capability[0] in (9, 10) else 2,
+            bias is not None, bool(K % 512 == 0), 4, block_m, 16, 128, num_warps=4, num_stages=stages,
         )  # fmt: skip
         return y
     if ieee:
         block_m, block_n, block_k, warps, stages = (16, 64, 32, 4, 2) if M <= 16 else (32, 64, 32, 8, 2)
     elif M <= 64 and w8a8:
         block_m, block_n, block_k, warps = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128 if wide else 256, 4
-        stages = 6 if capability[0] in (9, 10) else 3 if wide else 2  # others have 100 kB or less
+        stages = 6 if hopper else 3 if wide else 2
     elif M <= 16:  # us at (4096, 14336) on an H200: 22.6; F.linear 37.8
         block_m, block_n, block_k, warps, stages = 16, 32, 128, 2, 6
-    elif M <= 64:  # 34.4; F.linear 38.6
-        block_m, block_n, block_k, warps, stages = 64, 64, 128, 4, 4 if capability[0] in (9, 10) else 3
-    elif M <= 128 and not w8a8:  # 43.7; F.linear 39.0
-        block_m, block_n, block_k, warps, stages = 128, 64, 128, 4, 3 if capability[0] in (9, 10) else 2
-    elif capability[0] == 9 and not w8a8:  # M = 256: 62.6; F.linear 46.5
-        block_m, block_n, block_k, warps, stages = 256, 128, 64, 8, 4
-    else:
+    elif not w8a8 and (M <= 64 or (M <= 128 and not wide)):  # at (4096, 14336), M = 32: 31.4, 64: 34.4; bf16 38.6
+        block_m, block_n, block_k, warps, stages = 32 if M <= 32 else 64, 64, 128, 4, 4 if hopper else 3
+        split = 1 if wide else 4  # us at (14336, 4096), (4096, 4096), M = 64: 36.5, 14.1, or 67.2, 21.1 without
+    elif w8a8:
         block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
-    _gemm_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
-        x, weight, x_scale, scale, bias, y, M, N, K, x.stride(0), weight.stride(0),
-        bias is not None, ieee, bool(K % block_k == 0), block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+    else:  # M = 128: 43.7; F.linear 39.0
+        block_m, block_n, block_k, warps, stages = 128, 64, 128, 4, 3 if hopper else 2
+    out = y if split == 1 else torch.empty(split, M, N, dtype=torch.float32, device=x.device)
+    _gemm_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n) * split,)](
+        x, weight, x_scale, scale, bias, out, M, N, K, x.stride(0), weight.stride(0), bias is not None, ieee,
+        bool(K % block_k == 0), split, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    if split > 1:
+        _add_parts_kernel[(M * triton.cdiv(N, 1024),)](
+            out, scale, bias, y, M, N, bias is not None, split, 1024, num_warps=4
+        )
     return y
 
 

@@ -40,7 +40,6 @@ import rmsnorm  # noqa: E402
 import rope  # noqa: E402
 import swiglu  # noqa: E402
 
-
 warming = False
 
 
@@ -711,6 +710,8 @@ COMPILE += [
      lambda rows: [randn(rows, 96, grad=True), randn(rows, 96, grad=True), randn(96, grad=True)]),
     ("rmsnorm-long", lambda x, w: rmsnorm.rmsnorm(x, w), lambda rows: [randn(rows, 17000 if GPU else 170, grad=True), randn(17000 if GPU else 170, grad=True)]),
 ]  # fmt: skip
+
+BUCKETS |= {"rmsnorm": 1, "rmsnorm-residual": 1}  # the backward's grid: as many programs as tiles, or as SMs
 
 GRADCHECK += [
     ("rmsnorm", lambda x, w: rmsnorm.rmsnorm_torch(x, w, 1e-3, offset=1.0), lambda: [torch.randn(3, 5).double(), torch.randn(5).double()]),
@@ -1827,6 +1828,8 @@ COMPILE += [
      lambda rows: [randn(2, rows, 128, grad=True), randn(16, grad=True), randn(16, grad=True), *_rope_tables(256, 16), torch.arange(rows, device=DEVICE) % 256]),
 ]  # fmt: skip
 
+BUCKETS |= {"fused_rmsnorm_rope": 1, "fused_qk_norm_rope": 2}  # the backward's grids: as many programs as tiles, or as SMs
+
 GRADCHECK += [
     ("fused_rmsnorm_rope", lambda x, w: fused_rmsnorm_rope.fused_rmsnorm_rope_torch(x, w, *_rope_tables(3, 4), num_heads=2, offset=1.0),
      lambda: [torch.randn(2, 3, 8, device=DEVICE).double(), torch.randn(8, device=DEVICE).double()]),
@@ -2089,7 +2092,7 @@ def test_swiglu_second_gpu():
 @needs_gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 def test_swiglu_beyond_2_31_elements(packed):
-    rows, I = 70_000, 32_768 if not packed else 16_384
+    rows = 70_000
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
     gate = torch.empty(rows, 32_768, dtype=torch.bfloat16, device=DEVICE)
@@ -2304,7 +2307,7 @@ def _gated_aot(kernel, targets, warps, stages, dtype="bf16", signature=_GATED_SI
 def _gated_tma_aot(BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, pre):
     """pre: gate and up are kept for the backward pass."""
     blocks = {"x_desc": [BLOCK_M, BLOCK_K], "w_desc": [2, BLOCK_I, BLOCK_K], "out_desc": [BLOCK_M, BLOCK_I]}
-    constexprs = {"UP_FIRST": pre, "WEIGHT_LEFT": BLOCK_M <= 32, "BLOCK_M": BLOCK_M, "BLOCK_I": BLOCK_I, "BLOCK_K": BLOCK_K}
+    constexprs = {"UP_FIRST": pre, "WEIGHT_LEFT": BLOCK_M == 16, "BLOCK_M": BLOCK_M, "BLOCK_I": BLOCK_I, "BLOCK_K": BLOCK_K}
     if pre:
         blocks["pre_desc"] = [1, BLOCK_M, BLOCK_I]
     else:
@@ -2314,17 +2317,18 @@ def _gated_tma_aot(BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, pre):
 
 
 AOT += [
-    _gated_aot("_gated_row_kernel", None, 8, 1, "bf16", BLOCK_I=1, BLOCK_K=2048),
-    _gated_aot("_gated_row_kernel", (80, "gfx942"), 8, 1, "fp32", BLOCK_I=1, BLOCK_K=2048),
+    _gated_aot("_gated_row_kernel", None, 4, 1, "bf16", BLOCK_I=1, BLOCK_K=1024),
+    _gated_aot("_gated_row_kernel", (80, "gfx942"), 4, 1, "fp32", BLOCK_I=1, BLOCK_K=1024),
     _gated_aot("_gated_mlp_kernel", _TENSOR_CORES, 4, 4, "bf16", IEEE=False, BLOCK_M=16, BLOCK_I=32, BLOCK_K=128),
     _gated_aot("_gated_mlp_kernel", _TENSOR_CORES, 4, 3, "fp16", IEEE=False, BLOCK_M=64, BLOCK_I=64, BLOCK_K=64),
     _gated_aot("_gated_mlp_kernel", _TENSOR_CORES, 8, 3, "bf16", IEEE=False, BLOCK_M=128, BLOCK_I=64, BLOCK_K=64),
     _gated_aot("_gated_mlp_kernel", None, 4, 3, "fp32", IEEE=True, BLOCK_M=16, BLOCK_I=32, BLOCK_K=32),
-    _gated_aot("_gated_mlp_kernel", None, 8, 2, "fp32", IEEE=True, BLOCK_M=64, BLOCK_I=64, BLOCK_K=32),
+    _gated_aot("_gated_mlp_kernel", _TENSOR_CORES, 8, 2, "fp32", IEEE=True, BLOCK_M=64, BLOCK_I=64, BLOCK_K=32),
+    _gated_aot("_gated_mlp_kernel", (75,), 8, 2, "fp32", IEEE=True, BLOCK_M=64, BLOCK_I=32, BLOCK_K=32),
     _gated_aot("_gated_mlp_kernel", (75,), 4, 3, "fp16", IEEE=True, BLOCK_M=16, BLOCK_I=32, BLOCK_K=32),
-    _gated_aot("_gated_mlp_kernel", (75,), 8, 2, "fp16", IEEE=True, BLOCK_M=64, BLOCK_I=64, BLOCK_K=32),
+    _gated_aot("_gated_mlp_kernel", (75,), 8, 2, "fp16", IEEE=True, BLOCK_M=64, BLOCK_I=32, BLOCK_K=32),
     _gated_tma_aot(16, 32, 128, 4, 3, False),
-    _gated_tma_aot(32, 32, 128, 4, 3, True),
+    _gated_tma_aot(16, 32, 128, 4, 3, True),
     _gated_tma_aot(64, 64, 64, 4, 3, False),
     _gated_tma_aot(64, 64, 64, 4, 3, True),
     _gated_tma_aot(128, 128, 64, 8, 4, False),
@@ -2414,7 +2418,7 @@ INT8_SHAPES = [(1, 1, 1), (1, 7, 127), (2, 127, 7), (16, 40, 64), (17, 33, 200),
 if GPU:
     INT8_SHAPES += [(1, 4099, 4099), (1, 4096, 14336), (5, 4099, 127), (16, 14336, 4096), (33, 256, 8192), (64, 4096, 4096),
                     (100, 2560, 2560), (256, 4096, 4096), (257, 1000, 4099), (300, 520, 4096), (513, 4096, 1040),
-                    (2048, 4096, 4096), (3000, 2568, 3584)]  # fmt: skip
+                    (2048, 4096, 4096), (3000, 2568, 3584), (40, 14336, 520), (100, 9001, 1024), (300, 9000, 264)]  # fmt: skip
 # Triton's interpreter multiplies bfloat16 wrongly: there int8_gemm takes the twin, and bfloat16 is held on the GPU
 INT8_DTYPES = DTYPES if GPU else [torch.float32, torch.float16]
 
@@ -2488,6 +2492,19 @@ def test_int8_gemm_w8a8_is_exact(shape):
         x, w = torch.full((2, K), 127.0, device=DEVICE), torch.full((16, K), -128, device=DEVICE, dtype=torch.int8)
         got = int8_gemm.int8_gemm(x, w, torch.ones(16, device=DEVICE), quantize_activations=True)
         assert torch.equal(got, torch.full_like(got, -128.0 * 127 * K))
+
+
+@needs_gpu
+def test_int8_gemm_repeats_to_the_bit():
+    """Triton's pipeline once overwrote registers that Hopper's tensor cores still read: some runs differed."""
+    for M, N, K in [(16, 14336, 4096), (32, 4096, 4096), (64, 4096, 4096), (64, 14336, 4096), (128, 14336, 4096), (256, 4096, 4096)]:
+        w, s = _int8_weight(N, K)
+        for dtype in (torch.bfloat16, torch.float16):
+            x = randn(M, K, dtype=dtype)
+            for qa in (False, True):
+                y = int8_gemm.int8_gemm(x, w, s, quantize_activations=qa)
+                for _ in range(20):
+                    assert torch.equal(int8_gemm.int8_gemm(x, w, s, quantize_activations=qa), y), (M, N, dtype, qa)
 
 
 def test_int8_gemm_persistent_kernel():
@@ -2905,7 +2922,7 @@ except TypeError as e:
     assert "weight_int8" in str(e)
 """
 
-_INT8_SIG = {"x_ptr": "*bf16", "w_ptr": "*i8", "q_ptr": "*i8", "out_ptr": "*bf16", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32",
+_INT8_SIG = {"x_ptr": "*bf16", "w_ptr": "*i8", "parts_ptr": "*fp32", "q_ptr": "*i8", "out_ptr": "*bf16", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32",
              "bias_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32", "N": "i32", "K": "i32", "numel": "i32",
              "stride_xm": "i32", "stride_wn": "i32", "stride_qn": "i32"}  # fmt: skip
 
@@ -2920,18 +2937,21 @@ for _block_n, _block_k, _stages in [(4, 1024, 3), (8, 512, 4)]:
     _int8_aot("_one_row_kernel", dict(HAS_BIAS=True, BLOCK_N=_block_n, BLOCK_K=_block_k), 4, None, _stages)
 for _type, _blocks, _warps, _stages, _targets in [
     ("*bf16", (16, 32, 128), 2, 6, None), ("*fp16", (64, 64, 128), 4, 3, None), ("*bf16", (64, 64, 128), 4, 4, (90, 100)),
-    ("*bf16", (128, 64, 128), 4, 2, None), ("*bf16", (128, 64, 128), 4, 3, (90, 100)), ("*fp16", (256, 128, 64), 8, 4, (90,)),
-    ("*bf16", (128, 128, 64), 8, 3, None), ("*i8", (16, 64, 128), 4, 3, None), ("*i8", (64, 64, 256), 4, 2, None),
+    ("*bf16", (128, 64, 128), 4, 2, None), ("*bf16", (128, 64, 128), 4, 3, (90, 100)), ("*fp16", (32, 64, 128), 4, 4, (90,)),
+    ("*i8", (16, 64, 128), 4, 3, None), ("*i8", (64, 64, 256), 4, 2, None),
     ("*i8", (64, 64, 256), 4, 6, (90, 100)), ("*i8", (128, 128, 64), 8, 3, None),
 ]:  # fmt: skip
-    _int8_aot("_gemm_kernel", dict(HAS_BIAS=True, IEEE=False, EVEN_K=True, BLOCK_M=_blocks[0], BLOCK_N=_blocks[1], BLOCK_K=_blocks[2]),
+    _int8_aot("_gemm_kernel", dict(HAS_BIAS=True, IEEE=False, EVEN_K=True, SPLIT=1, BLOCK_M=_blocks[0], BLOCK_N=_blocks[1], BLOCK_K=_blocks[2]),
               _warps, _targets or (80, 89, 90, 100, "gfx942"), _stages, x_ptr=_type)  # fmt: skip
-for _type, _stages, _targets in [("*bf16", 4, (90, 100)), ("*fp16", 2, (80, 89, "gfx942"))]:
-    _int8_aot("_sliced_gemm_kernel", dict(HAS_BIAS=True, EVEN_K=True, SLICES=4, BLOCK_M=16, BLOCK_N=16, BLOCK_K=128), 4, _targets, _stages,
+_int8_aot("_gemm_kernel", dict(HAS_BIAS=True, IEEE=False, EVEN_K=True, SPLIT=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128), 4, (90, 100), 4, y_ptr="*fp32")
+_int8_aot("_add_parts_kernel", dict(HAS_BIAS=True, SPLIT=4, BLOCK_N=1024), 4)
+for _type, _block_m, _stages, _targets in [("*bf16", 16, 4, (90, 100)), ("*fp16", 32, 3, (90, 100)), ("*fp16", 16, 2, (80, 89, "gfx942")),
+                                           ("*bf16", 32, 2, (80, 89, "gfx942"))]:  # fmt: skip
+    _int8_aot("_sliced_gemm_kernel", dict(HAS_BIAS=True, EVEN_K=True, SLICES=4, BLOCK_M=_block_m, BLOCK_N=16, BLOCK_K=128), 4, _targets, _stages,
               x_ptr=_type)  # fmt: skip
 for _type, _targets in [("*fp32", None), ("*fp16", (75,)), ("*bf16", (75,))]:  # sm_75 multiplies 16 bits in float32
     for _block_m, _warps in [(16, 4), (32, 8)]:
-        _int8_aot("_gemm_kernel", dict(HAS_BIAS=True, IEEE=True, EVEN_K=True, BLOCK_M=_block_m, BLOCK_N=64, BLOCK_K=32),
+        _int8_aot("_gemm_kernel", dict(HAS_BIAS=True, IEEE=True, EVEN_K=True, SPLIT=1, BLOCK_M=_block_m, BLOCK_N=64, BLOCK_K=32),
                   _warps, _targets, 2, x_ptr=_type)  # fmt: skip
 for _type, _block_k in [("i8", 128), ("bf16", 64), ("fp16", 64)]:
     for _target, _block_m, _block_n, _warps in [(90, 128, 256, 8), (100, 128, 128, 8), (90, 64, 128, 4), (100, 64, 128, 4)]:
@@ -3038,12 +3058,14 @@ def test_fp8_gemm_persistent_kernel():
         strides = (sa.stride(0) if sa.numel() > 1 else 0, sa.stride(1) if blocks else 0,
                    sb.stride(1) if sb.numel() > 1 else 0, sb.stride(0) if blocks else 0)  # fmt: skip
         for promote in (True,) if blocks else (True, False):
-            def fn(y=None, bias=randn(N)):
+            added = randn(N)
+
+            def fn(y=None, bias=added):
                 y = torch.full((M, N), float("nan"), device=DEVICE)
                 fp8_gemm._launch_tma(a, b.t(), y, sa, sb, bias, strides, blocks, promote, 3, (128, 64, 4, 2, 1))
                 return y
 
-            _fp8_check(a, b, sa, sb, torch.float32, fn.__defaults__[1], not promote, fn)
+            _fp8_check(a, b, sa, sb, torch.float32, added, not promote, fn)
 
 
 def test_fp8_widening_is_exact():
@@ -3633,7 +3655,9 @@ def compiled_equals_eager(fn, eager, args):
     outs, grads = outputs_and_grads(eager, args, {})
     got, got_grads = outputs_and_grads(fn, args, {})
     for g, w in zip(got + got_grads, outs + grads, strict=True):
-        torch.testing.assert_close(g, w, equal_nan=True)
+        rtol = max(1.3e-6, 2 * torch.finfo(w.dtype).eps)
+        largest = w.float().nan_to_num().abs().max().item()  # the compiler sums a weight's gradient in an order of its own
+        torch.testing.assert_close(g, w, rtol=rtol, atol=1e-5 + rtol * largest, equal_nan=True)
 
 
 @pytest.mark.parametrize("_, fn, make", COMPILE, ids=ids(COMPILE))
