@@ -662,8 +662,8 @@ _NORM_BWD = {"h_ptr": "*bf16", "w_ptr": "*bf16", "rstd_ptr": "*fp32", "mean_ptr"
 _NORM_MEAN = {n: _NORM_BWD[n] for n in ("h_ptr", "w_ptr", "rstd_ptr", "dy_ptr", "mean_ptr", "stride_hm", "stride_dym", "N", "offset")}
 
 
-def _norm_fwd_aot(BLOCK_N, warps, LOOP=False, **none):
-    return ("rmsnorm", "_rmsnorm_fwd_kernel", _NORM_FWD, {"LLAMA": False, "LOOP": LOOP, "BLOCK_M": max(2048 // BLOCK_N, 1), "BLOCK_N": BLOCK_N, **none}, warps, None, {})
+def _norm_fwd_aot(BLOCK_N, warps, LOOP=False, BLOCK_M=1, **none):
+    return ("rmsnorm", "_rmsnorm_fwd_kernel", _NORM_FWD, {"LLAMA": False, "LOOP": LOOP, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, **none}, warps, None, {})
 
 
 def _norm_bwd_aot(BLOCK_N, **none):
@@ -675,7 +675,8 @@ def _norm_bwd_aot(BLOCK_N, **none):
 
 _PLAIN, _ONE = {"res_ptr": None, "h_ptr": None, "rstd_ptr": None}, {"mean_ptr": None, "dres_ptr": None}
 AOT += [
-    _norm_fwd_aot(128, 4, **_PLAIN), _norm_fwd_aot(4096, 4, **_PLAIN), _norm_fwd_aot(4096, 4), _norm_fwd_aot(8192, 8),
+    _norm_fwd_aot(128, 4, BLOCK_M=16, **_PLAIN), _norm_fwd_aot(4096, 4, BLOCK_M=2, **_PLAIN), _norm_fwd_aot(4096, 4),
+    _norm_fwd_aot(8192, 8), _norm_fwd_aot(8192, 8, BLOCK_M=2, **_PLAIN),
     _norm_fwd_aot(16384, 16), _norm_fwd_aot(4096, 16, LOOP=True), _norm_fwd_aot(32768, 16, LOOP=True, **_PLAIN),
     *_norm_bwd_aot(128, dh_ptr=None, **_ONE), *_norm_bwd_aot(4096, dh_ptr=None, **_ONE), *_norm_bwd_aot(8192, **_ONE),
     *_norm_bwd_aot(4096, dres_ptr=None),
