@@ -428,7 +428,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     elif w8a8:
         block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
     else:
-        block_m, block_n, block_k, warps, stages = 128, 64, 128, 4, 3 if hopper else 2
+        block_m, block_n, block_k, warps, stages = (128, 64, 128, 4, 3) if hopper else (128, 64, 128, 8, 2)
     out = y if split == 1 else torch.empty(split, M, N, dtype=torch.float32, device=x.device)
     _gemm_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n) * split,)](
         x, weight, x_scale, scale, bias, out, M, N, K, x.stride(0), weight.stride(0), bias is not None, ieee,

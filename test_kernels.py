@@ -2938,7 +2938,7 @@ for _block_n, _block_k, _stages in [(4, 1024, 3), (8, 512, 4)]:
     _int8_aot("_one_row_kernel", dict(HAS_BIAS=True, BLOCK_N=_block_n, BLOCK_K=_block_k), 4, None, _stages)
 for _type, _blocks, _warps, _stages, _targets in [
     ("*bf16", (16, 32, 128), 2, 6, None), ("*fp16", (64, 64, 128), 4, 3, None), ("*bf16", (64, 64, 128), 4, 4, (90, 100)),
-    ("*bf16", (128, 64, 128), 4, 2, None), ("*bf16", (128, 64, 128), 4, 3, (90, 100)), ("*fp16", (32, 64, 128), 4, 4, (90,)),
+    ("*bf16", (128, 64, 128), 8, 2, (80, 89, "gfx942")), ("*bf16", (128, 64, 128), 4, 3, (90, 100)), ("*fp16", (32, 64, 128), 4, 4, (90,)),
     ("*i8", (16, 64, 128), 4, 3, None), ("*i8", (64, 64, 256), 4, 2, None),
     ("*i8", (64, 64, 256), 4, 6, (90, 100)), ("*i8", (128, 128, 64), 8, 3, None),
 ]:  # fmt: skip
@@ -2946,8 +2946,9 @@ for _type, _blocks, _warps, _stages, _targets in [
               _warps, _targets or (80, 89, 90, 100, "gfx942"), _stages, x_ptr=_type)  # fmt: skip
 _int8_aot("_gemm_kernel", dict(HAS_BIAS=True, IEEE=False, EVEN_K=True, SPLIT=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128), 4, (90, 100), 4, y_ptr="*fp32")
 _int8_aot("_add_parts_kernel", dict(HAS_BIAS=True, SPLIT=4, BLOCK_N=1024), 4)
-for _type, _block_m, _stages, _targets in [("*bf16", 16, 4, (90, 100)), ("*fp16", 32, 3, (90, 100)), ("*fp16", 16, 2, (80, 89, "gfx942")),
-                                           ("*bf16", 32, 2, (80, 89, "gfx942"))]:  # fmt: skip
+# ("*fp16", 32, 3) on sm_90 is left out: Triton 3.9 keeps 16 bytes of it on the stack, with 72 registers in use; 3.6 none
+for _type, _block_m, _stages, _targets in [("*bf16", 16, 4, (90, 100)), ("*bf16", 32, 3, (90, 100)), ("*fp16", 32, 3, (100,)),
+                                           ("*fp16", 16, 2, (80, 89, "gfx942")), ("*bf16", 32, 2, (80, 89, "gfx942"))]:  # fmt: skip
     _int8_aot("_sliced_gemm_kernel", dict(HAS_BIAS=True, EVEN_K=True, SLICES=4, BLOCK_M=_block_m, BLOCK_N=16, BLOCK_K=128), 4, _targets, _stages,
               x_ptr=_type)  # fmt: skip
 for _type, _targets in [("*fp32", None), ("*fp16", (75,)), ("*bf16", (75,))]:  # sm_75 multiplies 16 bits in float32
