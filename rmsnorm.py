@@ -213,9 +213,9 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     y = x.new_empty(x.shape)
     h = residual.new_empty(x.shape) if keep_h else None
     rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
-    # Whole rows up to 16384 columns, two at a time where no mask cuts them: in us on an H200 66.9 at 16384x4096 (one at a
-    # time 68.5), 129.5 at 16384x8192 (131.2), but 44.7 instead of 43.1 at 16384x2560. Beyond, steps of 4096 (298 at
-    # 16384x18944) or for the longest 32768 (152 at 1024x131072; of 4096 191)
+    # Whole rows up to 16384 columns, two at a time where no mask cuts them: in us on an H200 10.0 at 2048x4096 (one at a
+    # time 10.8), 129.5 at 16384x8192 (131.2), but 44.7 instead of 43.1 at 16384x2560. Beyond, steps of 4096 (298 at
+    # 16384x18944) or for the longest 32768 (158 at 1024x131072; of 4096 198)
     BLOCK_N = _block(N) if N <= 16384 else 4096 if N < 65536 else 65536 // x.element_size()
     BLOCK_M = max(2048 // BLOCK_N, 2 if N == BLOCK_N <= 8192 and residual is None else 1)
     num_warps = min(max(BLOCK_N // 1024, 4), 16) if N <= 16384 else 16
