@@ -4,7 +4,7 @@
     rmsnorm_residual_fused:  the same of h = x + residual, which it returns on request: what a pre-norm block needs
 
 Cost. Memory-bound: x is read once and y written once, 2 * M * N * itemsize bytes (4 * M * N with the residual and h);
-backward 3 * M * N: x and dy in, dx out. Rows too long for the registers are read twice, the second time mostly from L2.
+backward 3 * M * N: x and dy in, dx out. Rows longer than 4096 are read twice, the second time from L1 or L2.
 Numerics. float32 inside, one rounding, at the end. h is rounded to residual's dtype first and then normalised, as in a
 model that adds and then norms. casting="llama" rounds the normalised row to x.dtype before the weight multiplies it.
 Backward: with g = dy * (offset + weight) and xhat = x * rstd, dx = rstd * (g - xhat * mean(g * xhat)); the weight's
@@ -67,10 +67,10 @@ def _eps(x, eps):
 if triton is not None:
 
     @triton.jit
-    def _load_sum(x_ptr, res_ptr, mask, POLICY: tl.constexpr):
-        h = tl.load(x_ptr, mask, 0.0, eviction_policy=POLICY).to(tl.float32)
+    def _load_sum(x_ptr, res_ptr, at, mask, POLICY: tl.constexpr):
+        h = tl.load(x_ptr + at, mask, 0.0, eviction_policy=POLICY).to(tl.float32)
         if res_ptr is not None:
-            res = tl.load(res_ptr, mask, 0.0, eviction_policy=POLICY)
+            res = tl.load(res_ptr + at, mask, 0.0, eviction_policy=POLICY)
             h = (h + res.to(tl.float32)).to(res.dtype).to(tl.float32)
         return h
 
@@ -78,7 +78,8 @@ if triton is not None:
     def _load_weight(w_ptr, cols, mask, offset):
         w = 1.0
         if w_ptr is not None:
-            w = tl.load(w_ptr + cols, mask, 0.0).to(tl.float32) + tl.cast(offset, tl.float32)
+            w = tl.load(w_ptr + cols, mask, 0.0, eviction_policy="evict_last").to(tl.float32)
+            w += tl.cast(offset, tl.float32)
         return w
 
     @triton.jit
@@ -90,8 +91,8 @@ if triton is not None:
     # M is not specialised: a new number of rows never compiles anew. res, w, h and rstd may be None
     @triton.jit(do_not_specialize=["M"])
     def _rmsnorm_fwd_kernel(
-        x_ptr, res_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, stride_xm, stride_rm, M, N, eps, offset,
-        LLAMA: tl.constexpr, LOOP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+        x_ptr, res_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, stride_xm, stride_rm, M, eps, offset,
+        N: tl.constexpr, LLAMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     ):  # fmt: skip
         rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         cols = tl.arange(0, BLOCK_N)[None, :]
@@ -99,42 +100,42 @@ if triton is not None:
         if res_ptr is not None:
             res_ptr += rows * stride_rm
         DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-        squares = tl.zeros((BLOCK_M, 1), tl.float32)
-        last = 0
-        if LOOP:  # a long row is read twice, all but its last block, which stays in registers
-            last = (tl.cdiv(N, BLOCK_N) - 1) * BLOCK_N
-            for start in range(0, last, BLOCK_N):
-                at = start + cols
-                h = _load_sum(x_ptr + at, None if res_ptr is None else res_ptr + at, rows < M, "evict_last")
-                if h_ptr is not None:
-                    tl.store(h_ptr + rows * N + at, h, rows < M)
-                squares += tl.sum(h * h, axis=1, keep_dims=True)
-        at = last + cols
+        # The last block stays in registers, those before it are read again, from L1: fewer registers, so more rows at a
+        # time on a processor, 126 to 129 us at 16384x8192 on an H200 where rows held whole take 130 to 150
+        LAST: tl.constexpr = (N - 1) // BLOCK_N * BLOCK_N
+        squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, LAST, BLOCK_N):
+            at = start + cols
+            h = _load_sum(x_ptr, res_ptr, at, rows < M, "evict_last")
+            if h_ptr is not None:
+                tl.store(h_ptr + rows * N + at, h, rows < M)
+            squares += h * h
+        at = LAST + cols
         mask = (rows < M) & (at < N)
-        h = _load_sum(x_ptr + at, None if res_ptr is None else res_ptr + at, mask, "evict_first" if LOOP else "")
+        h = _load_sum(x_ptr, res_ptr, at, mask, "")
         w = _load_weight(w_ptr, at, at < N, offset)  # before the sum is complete: under way meanwhile
         if h_ptr is not None:
             tl.store(h_ptr + rows * N + at, h, mask)
-        squares += tl.sum(h * h, axis=1, keep_dims=True)
+        squares = tl.sum(squares + h * h, axis=1, keep_dims=True)
         rstd = tl.rsqrt(squares / N + tl.cast(eps, tl.float32))
         if rstd_ptr is not None:
             tl.store(rstd_ptr + rows, rstd, rows < M)
         tl.store(y_ptr + rows * N + at, _round(h * rstd, DTYPE, LLAMA) * w, mask)
-        if LOOP:
-            for start in range(0, last, BLOCK_N):
-                at = start + cols
-                h = _load_sum(x_ptr + at, None if res_ptr is None else res_ptr + at, rows < M, "evict_first")
-                w = _load_weight(w_ptr, at, at < N, offset)
-                tl.store(y_ptr + rows * N + at, _round(h * rstd, DTYPE, LLAMA) * w, rows < M)
+        for start in range(0, LAST, BLOCK_N):
+            at = start + cols
+            h = _load_sum(x_ptr, res_ptr, at, rows < M, "evict_first")
+            w = _load_weight(w_ptr, at, at < N, offset)
+            tl.store(y_ptr + rows * N + at, _round(h * rstd, DTYPE, LLAMA) * w, rows < M)
 
     @triton.jit
     def _rmsnorm_mean_kernel(
-        h_ptr, w_ptr, rstd_ptr, dy_ptr, mean_ptr, stride_hm, stride_dym, N, offset, BLOCK_N: tl.constexpr
-    ):
+        h_ptr, w_ptr, rstd_ptr, dy_ptr, mean_ptr, stride_hm, stride_dym, N, offset,
+        BLOCK_N: tl.constexpr, STAGES: tl.constexpr
+    ):  # fmt: skip
         """mean(g * xhat) of each row, for rows too long for _rmsnorm_bwd_kernel to hold whole."""
         row = tl.program_id(0).to(tl.int64)
         sums = tl.zeros((BLOCK_N,), tl.float32)
-        for start in tl.range(0, N, BLOCK_N, num_stages=3):
+        for start in tl.range(0, N, BLOCK_N, num_stages=STAGES):
             cols = start + tl.arange(0, BLOCK_N)
             h = tl.load(h_ptr + row * stride_hm + cols, cols < N, 0.0).to(tl.float32)
             dy = tl.load(dy_ptr + row * stride_dym + cols, cols < N, 0.0).to(tl.float32)
@@ -213,15 +214,18 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     y = x.new_empty(x.shape)
     h = residual.new_empty(x.shape) if keep_h else None
     rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
-    # Whole rows up to 16384 columns, two at a time where no mask cuts them: in us on an H200 10.0 at 2048x4096 (one at a
-    # time 10.8), 129.5 at 16384x8192 (131.2), but 44.7 instead of 43.1 at 16384x2560. Beyond, steps of 4096 (298 at
-    # 16384x18944) or for the longest 32768 (158 at 1024x131072; of 4096 198)
-    BLOCK_N = _block(N) if N <= 16384 else 4096 if N < 65536 else 65536 // x.element_size()
-    BLOCK_M = max(2048 // BLOCK_N, 2 if N == BLOCK_N <= 8192 and residual is None else 1)
-    num_warps = min(max(BLOCK_N // 1024, 4), 16) if N <= 16384 else 16
+    # Rows of up to 4096 columns in one block, longer ones in blocks of half or a quarter of their power of two; in us on
+    # an H200 64.7 at 16384x4096 (eight warps; four 66.0), 40.2 at 16384x2560 (four; eight 45.4), 130 at 4096x32768 (in
+    # quarters 136), 291 at 16384x18944 (in halves 325), 161 at 1024x131072 (in blocks of 16384 190)
+    BLOCK_N = _block(N)
+    if N > 4096:
+        widest = 65536 // x.element_size() // (1 if residual is None else 2)
+        BLOCK_N = min(BLOCK_N // (2 if N > BLOCK_N // 4 * 3 else 4), widest)
+    num_warps = 4 if N <= 3072 else 8 if BLOCK_N <= 4096 else 16
+    BLOCK_M = max(2048 // BLOCK_N, 1)
     _rmsnorm_fwd_kernel[(-(-M // BLOCK_M),)](
-        x, residual, weight, y, h, rstd, _stride(x), _stride(residual), M, N, eps, offset,
-        casting == "llama", N > BLOCK_N, BLOCK_M, BLOCK_N, num_warps=num_warps
+        x, residual, weight, y, h, rstd, _stride(x), _stride(residual), M, eps, offset,
+        N, casting == "llama", BLOCK_M, BLOCK_N, num_warps=num_warps
     )  # fmt: skip
     return y, h, rstd
 
@@ -250,8 +254,9 @@ def _backward(h, weight, rstd, dy, dh, dtypes, offset, casting):
     mean = None
     if blocks > 1 and dx is not None:  # 320 us at 4096x32768; sums of dw kept in L2 by programs with whole rows: 526
         mean = torch.empty_like(rstd)
+        stage = 8192 * sum(t.element_size() for t in (h, dy, weight) if t is not None)
         _rmsnorm_mean_kernel[(M,)](
-            h, weight, rstd, dy, mean, _stride(h), _stride(dy), N, offset, 8192, num_warps=16
+            h, weight, rstd, dy, mean, _stride(h), _stride(dy), N, offset, 8192, min(3, room // stage + 1), num_warps=16
         )
     dw = None if dw_dtype is None else h.new_empty(programs, N, dtype=torch.float32)
     _rmsnorm_bwd_kernel[(programs * blocks,)](
