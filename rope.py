@@ -58,6 +58,8 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
     if not base > 0:
         raise ValueError(f"base must be positive, got {base}")
     if kind == "dynamic" and seq_len > trained:
+        if dim == 2:
+            raise ValueError("head_dim must be 4 at least where scaling is dynamic, got 2")
         base = base * (factor * seq_len / trained - (factor - 1)) ** (dim / (dim - 2))
     inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     if kind == "linear":
@@ -119,6 +121,15 @@ def _merge(y0, y1, interleaved):
     return torch.stack((y0, y1), dim=-1).flatten(-2) if interleaved else torch.cat((y0, y1), dim=-1)
 
 
+def _on_mesh_of(q, *tables):
+    """The tables as replicated DTensors where q is a DTensor: PyTorch's operations take no mixture."""
+    if not hasattr(q, "device_mesh"):
+        return tables
+    from torch.distributed.tensor import DTensor
+
+    return [DTensor.from_local(t, q.device_mesh, run_check=False) for t in tables]
+
+
 def rope_torch(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
     position_ids: Tensor | None = None, rotary_dim: int | None = None, inplace: bool = False
@@ -153,7 +164,7 @@ def rope_pytorch(
     inv_freq, _ = _frequencies(S, D, theta, None, q.device)
     angles = torch.outer(torch.arange(S, dtype=torch.float64, device=q.device), inv_freq)[:, None]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    turn = torch.complex(angles.cos().to(wide), angles.sin().to(wide))
+    (turn,) = _on_mesh_of(q, torch.complex(angles.cos().to(wide), angles.sin().to(wide)))
 
     def rotate(x):
         y = torch.complex(*(t.to(wide) for t in _split(x, interleaved))) * turn
@@ -247,7 +258,8 @@ if triton is not None:
         if NEGATE:
             sin = -sin
         x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-        y0, y1 = x0 * cos - x1 * sin, x1 * cos + x0 * sin
+        # Which product goes into the fused multiply-add is the compiler's choice, and may change with the strides
+        y0, y1 = tl.fma(x0, cos, -(x1 * sin)), tl.fma(x1, cos, x0 * sin)
         if INTERLEAVED:
             tl.store(y_ptr + cols, tl.reshape(tl.join(y0, y1), (BLOCK_H, BLOCK_T, 2 * HALF)), mask & (cols < R))
         else:
@@ -528,7 +540,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor | None, seq_len: int | None = None, position_ids: Tensor | None = None):
         _check_qk(q, k, (3, 4))
-        cos, sin = self._tables(max(q.shape[-3], seq_len or 0), q.device)
+        cos, sin = _on_mesh_of(q, *self._tables(max(q.shape[-3], seq_len or 0), q.device))
         return apply_rope(
             q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids, rotary_dim=2 * cos.shape[-1]
         )
