@@ -107,7 +107,7 @@ if triton is not None:
     @triton.jit
     def _swiglu_bwd_kernel(
         dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,  # dgate and dup are None where nothing asks for them
-        stride_dom, stride_gm, stride_um, stride_dm, I, ACT: tl.constexpr, BLOCK: tl.constexpr
+        stride_dom, stride_gm, stride_um, stride_dm, I, ACT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
         blocks = tl.cdiv(I, BLOCK)
         row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -118,7 +118,9 @@ if triton is not None:
         if dgate_ptr is not None:
             up = tl.load(up_ptr + row * stride_um + cols, mask).to(tl.float32)
             tl.store(dgate_ptr + row * stride_dm + cols, dout * up * derivative, mask)
-        if dup_ptr is not None:
+        if PACKED:  # dup lies behind dgate
+            tl.store(dgate_ptr + row * stride_dm + I + cols, dout * act, mask)
+        elif dup_ptr is not None:
             tl.store(dup_ptr + row * stride_dm + cols, dout * act, mask)
 
     @triton.jit
@@ -174,13 +176,13 @@ if triton is not None:
             up_w = tl.load(up_ptrs + k, mask_i & mask_k[None, :], 0.0)
             if IEEE:  # float32, and 16 bits where the tensor cores are older than Triton's support (sm_75)
                 # What a step's sum loses in the addition starts the next step's (Kahan): one chain of additions down
-                # the whole of K is up to nine times as far off as cuBLAS (K = 4099)
+                # the whole of K is up to nine times as far off as cuBLAS (K = 4099). An infinite sum has no rest
                 gate_step = tl.dot(gate_w.to(tl.float32), x.to(tl.float32), gate_rest, input_precision="ieee")
                 up_step = tl.dot(up_w.to(tl.float32), x.to(tl.float32), up_rest, input_precision="ieee")
-                gate_rest = gate_step - ((gate + gate_step) - gate)
-                up_rest = up_step - ((up + up_step) - up)
-                gate += gate_step
-                up += up_step
+                gate_sum, up_sum = gate + gate_step, up + up_step
+                gate_rest = tl.where(tl.abs(gate_sum) < float("inf"), gate_step - (gate_sum - gate), 0.0)
+                up_rest = tl.where(tl.abs(up_sum) < float("inf"), up_step - (up_sum - up), 0.0)
+                gate, up = gate_sum, up_sum
             else:
                 gate = tl.dot(gate_w, x, gate)
                 up = tl.dot(up_w, x, up)
@@ -265,10 +267,15 @@ def _swiglu_forward(gate, up, activation):
 
 
 def _swiglu_backward(dout, gate, up, dgate, dup, activation):
-    """Writes dgate and dup, one of which may be None; the two share their row stride."""
+    """Writes dgate and dup, one of which may be None; the two share their row stride. A dgate twice as wide as gate takes
+    both: torch.compile would copy each half of it in and out of a kernel that takes them apart."""
+    packed = dgate is not None and dgate.numel() == 2 * gate.numel()
     M, I, strides = _extent(dout, gate, up, dup if dgate is None else dgate)
+    if packed:
+        M, I = gate.shape
+        strides = [dout.stride(0), gate.stride(0), up.stride(0), 2 * I]
     grid = (M * -(-I // _BLOCK),)
-    _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, *strides, I, activation, _BLOCK, num_warps=4)
+    _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, *strides, I, activation, packed, _BLOCK, num_warps=4)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -285,7 +292,7 @@ class _SwiGLU(torch.autograd.Function):
         dout = _rows(dout) if up is None or not (gate.is_contiguous() and up.is_contiguous()) else dout.contiguous()
         if up is None:  # one gradient for the packed pair, as it came
             dgate, dup = gate.new_empty(gate.shape), None
-            _swiglu_backward(dout, *gate.chunk(2, dim=1), *dgate.chunk(2, dim=1), ctx.activation)
+            _swiglu_backward(dout, *gate.chunk(2, dim=1), dgate, None, ctx.activation)
         else:
             dgate, dup = (gate.new_empty(gate.shape) if needed else None for needed in ctx.needs_input_grad[:2])
             _swiglu_backward(dout, gate, up, dgate, dup, ctx.activation)
@@ -439,7 +446,7 @@ class _GatedMLP(torch.autograd.Function):
         M, I = pre.shape[1:]
         d = x.new_empty(M, 2 * I)
         dgate, dup = d.chunk(2, dim=1)
-        _swiglu_backward(_rows(dout), pre[0], pre[1], dgate, dup, ctx.activation)
+        _swiglu_backward(_rows(dout), pre[0], pre[1], d, None, ctx.activation)
         dx = dgate_weight = dup_weight = None
         if up_weight is None:
             if ctx.needs_input_grad[0]:
