@@ -56,7 +56,7 @@ def quantize_fp8_torch(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, 
             pooled = x.new_zeros(-(-x.shape[:-1].numel() // rows), -(-x.shape[-1] // 128))
         # as torch._scaled_mm wants them: 1 x 128 blocks with a contiguous column, 128 x 128 blocks with a contiguous row
         amax = pooled if rows == 128 else pooled.t().contiguous().t()
-        amax = amax.unflatten(0, x.shape[:-1]) if x.ndim != 2 else amax
+        amax = amax.view(*x.shape[:-1], amax.shape[1]) if x.ndim != 2 else amax
     elif granularity == "row":
         amax = magnitude.amax(-1, keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-1], 1)
     else:
@@ -178,7 +178,7 @@ if triton is not None:
         n = tl.program_id(0) * BLOCK_N
         offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
-        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_K // 16), tl.float32)
         for k in range(0, K, BLOCK_K):
             w = tl.load(w_ptrs + k, mask=offs_k[None, :] < K - k, other=0.0, eviction_policy="evict_first")
             a = tl.load(a_ptr + k + offs_k, mask=offs_k < K - k, other=0.0)
@@ -191,7 +191,8 @@ if triton is not None:
                 w_scale_ptrs = w_scale_ptr + n // 128 * stride_wsn + block * stride_wsk
                 scale *= tl.load(w_scale_ptrs, mask=block * 128 < K, other=0.0)
                 a = tl.reshape(tl.reshape(a, (BLOCK_K // 128, 128)) * scale[:, None], (BLOCK_K,))
-            acc += w.to(tl.float32) * a[None, :]
+            # each thread's 16 values at once: half the registers. 18.8 us at 4096 x 14336 (H200); kept apart, 20.1 at best
+            acc += tl.sum(tl.reshape(w.to(tl.float32) * a[None, :], (BLOCK_N, BLOCK_K // 16, 16)), 2)
         y = tl.sum(acc, 1)
         if not BLOCKS:
             y *= tl.load(a_scale_ptr) * tl.load(w_scale_ptr + offs_n * stride_wsn, mask=offs_n < N, other=0.0)
@@ -268,15 +269,12 @@ if triton is not None:
 
     @triton.jit
     def _add_scaled(acc, x, scale):
-        if _ASM:  # a multiply-add would let more products wait for their turn than there are registers. In us at
-            # 4096 x 14336, M = 2048 (H200): 262; as one volatile multiply-add 367, left to the compiler 488
-            args = [x, tl.broadcast_to(scale[:, None], x.shape)]
-            x = tl.inline_asm_elementwise(
-                "mul.rn.f32 $0, $1, $2;", "=f,f,f", args, dtype=tl.float32, is_pure=True, pack=1
+        if _ASM:  # volatile: a compiler that moves it behind the start of the next product runs out of registers
+            args = [x, tl.broadcast_to(scale[:, None], x.shape), acc]
+            return tl.inline_asm_elementwise(
+                "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", args, dtype=tl.float32, is_pure=False, pack=1
             )
-        else:
-            x = x * scale[:, None]
-        return acc + x
+        return acc + x * scale[:, None]
 
     @triton.jit(do_not_specialize=["M"])
     def _gemm_tma_kernel(
@@ -304,22 +302,24 @@ if triton is not None:
                 offs = tl.minimum(m + tl.arange(0, ROWS), M - 1) * stride_asm
                 offs_low = tl.minimum(m + ROWS + tl.arange(0, ROWS), M - 1) * stride_asm
                 w_scale_ptrs = w_scale_ptr + n // 128 * stride_wsn
-                w_scale = tl.load(w_scale_ptrs)
-                scale, scale_low = tl.load(a_scale_ptr + offs) * w_scale, tl.load(a_scale_ptr + offs_low) * w_scale
+                scale, scale_low, w_scale = tl.load(a_scale_ptr + offs), tl.load(a_scale_ptr + offs_low), tl.load(w_scale_ptrs)
             for k in range(0, K, BLOCK_K):
                 if BLOCKS:  # the next step's, which so have a whole step to arrive
                     block = min(k // 128 + 1, (K - 1) // 128)
-                    w_scale = tl.load(w_scale_ptrs + block * stride_wsk)
+                    next_w = tl.load(w_scale_ptrs + block * stride_wsk)
                     next_scale = tl.load(a_scale_ptr + block * stride_ask + offs)
                     next_low = tl.load(a_scale_ptr + block * stride_ask + offs_low)
-                w = w_desc.load([n, k]).T
-                a = a_desc.load([m, k])
-                if PROMOTE:
+                a = a_desc.load([m, k])  # loads in a row share one barrier: 1 to 3 %
+                if PROMOTE and not BLOCKS:
                     a_low = a_desc.load([m + ROWS, k])
+                w = w_desc.load([n, k]).T
                 if BLOCKS:
-                    acc = _add_scaled(acc, tl.dot(a, w), scale)
-                    low = _add_scaled(low, tl.dot(a_low, w), scale_low)
-                    scale, scale_low = next_scale * w_scale, next_low * w_scale
+                    acc = _add_scaled(acc, tl.dot(a, w), scale * w_scale)
+                    # awaited only here, it keeps the next product behind the sum. 4096 x 14336, M = 2048, us (H200): 211; as
+                    # multiply and add after a common wait 261, as a multiply-add 393 (spills)
+                    a_low = a_desc.load([m + ROWS, k])
+                    low = _add_scaled(low, tl.dot(a_low, w), scale_low * w_scale)
+                    scale, scale_low, w_scale = next_scale, next_low, next_w
                 elif PROMOTE:
                     acc += tl.dot(a, w)
                     low += tl.dot(a_low, w)
@@ -422,7 +422,7 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     _quantize_blocks_kernel[(-(-M // block_m) * blocks,)](
         rows, q, scale, rows.stride(0), *scale.stride(), M, K, square, block_m, num_warps=4
     )
-    return q, scale.unflatten(0, x.shape[:-1]) if x.ndim != 2 else scale
+    return q, scale.view(*x.shape[:-1], blocks) if x.ndim != 2 else scale
 
 
 def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -485,13 +485,10 @@ def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     if widen:
         a, w = a.view(torch.uint8), w.view(torch.uint8)
     if M == 1:
-        # us at 4096 x 14336, 14336 x 4096, 4096 x 4096 (H200; floors 13.4, 13.4, 3.8): 20.1, 25.1, 9.4 and 21.6, 18.7, 7.9
-        wide = K <= 4096 and N > 64 * sms
-        block_n, block_k, warps = (16, 512, 4) if wide else (8, 1024, 8)
-        _gemv_kernel[(-(-N // block_n),)](
-            a, w, a_scale, b_scale, bias, y, N, K, w.stride(0), *strides[1:], blocks, has_bias, block_n, block_k,
-            num_warps=warps,
-        )  # fmt: skip
+        # us at 4096 x 14336, 14336 x 4096, 4096 x 4096 (H200): 18.8, 18.1, 7.5; floors 13.4, 13.4, 3.8
+        _gemv_kernel[(-(-N // 2),)](
+            a, w, a_scale, b_scale, bias, y, N, K, w.stride(0), *strides[1:], blocks, has_bias, 2, 2048, num_warps=4
+        )
         return y
     ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
     if ieee:
@@ -530,7 +527,7 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
             tile = tile if tiles(tile) <= sms else (64, 128, 4, 4, 2)
     block_m, block_n, warps, stages, per_sm = tile
     rows = block_m // 2 if promote else block_m
-    # block scales: a program a tile, a tenth faster than a fixed number of programs
+    # block scales: a program a tile, 2 % faster than a fixed number of programs
     programs = tiles(tile) if blocks else min(per_sm * sms, tiles(tile))
     _gemm_tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [rows, 128]),
@@ -541,14 +538,14 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
     )  # fmt: skip
 
 
-def _product(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) -> Tensor:
-    """fp8_gemm of checked fp8 operands; dtype may be float64 too."""
-    if not a.numel() or not b.numel() or dtype == torch.float64 or not _kernel_serves(a, b, a_scale, b_scale, bias):
-        return fp8_gemm_torch(a, b, a_scale, b_scale, dtype, bias, fast_accum=fast_accum)
+def _product(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks) -> Tensor:
+    """fp8_gemm of checked fp8 operands, b as w (N, K); dtype may be float64 too."""
+    if not a.numel() or not w.numel() or dtype == torch.float64 or not _kernel_serves(a, w, a_scale, b_scale, bias):
+        return fp8_gemm_torch(a, w.t(), a_scale, b_scale, dtype, bias, fast_accum=fast_accum)
     if a.is_cuda and not torch.compiler.is_compiling() and a.get_device() != torch.cuda.current_device():
         with torch.cuda.device(a.device):  # Triton launches on the current device, not on a's
-            return _product(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks)
-    return _fp8_gemm_triton(a, b.t(), a_scale, b_scale, dtype, bias, fast_accum, blocks)
+            return _product(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks)
+    return _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks)
 
 
 def fp8_gemm(
@@ -596,7 +593,7 @@ def fp8_gemm(
         a, a_scale = quantize_fp8(a, "block" if blocks else "row")
     if b_scale is None:
         b, b_scale = (t.t() for t in quantize_fp8(b.t(), "block2d" if blocks else "row"))
-    return _product(a, b, a_scale, b_scale, output_dtype, bias, fast_accum, blocks)
+    return _product(a, b.t(), a_scale, b_scale, output_dtype, bias, fast_accum, blocks)
 
 
 class _FP8Linear(torch.autograd.Function):
@@ -625,7 +622,7 @@ class _FP8Linear(torch.autograd.Function):
 
 def _linear(x, weight_fp8, weight_scale, bias, granularity) -> Tensor:
     xq, x_scale = quantize_fp8(x, granularity)
-    return _product(xq, weight_fp8.t(), x_scale, weight_scale.t(), x.dtype, bias, True, granularity == "block")
+    return _product(xq, weight_fp8, x_scale, weight_scale.t(), x.dtype, bias, True, granularity == "block")
 
 
 class FP8Linear(nn.Module):
@@ -701,6 +698,11 @@ class FP8Linear(nn.Module):
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "_cache"}
+
+    def __setattr__(self, name, value):
+        if name == "weight":  # FSDP2 refills the gathered weight without a trace, but sets it anew each time
+            self._cache = None
+        super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
         kept = {name: self._buffers[name] for name in ("weight_fp8", "weight_scale") if name in self._buffers}
