@@ -4,6 +4,7 @@
     python benchmark.py rmsnorm rope --backward           # every op of those names; the autograd.grad call alone
     python benchmark.py int8_gemm --json int8.json --plot plots
     python benchmark.py host                              # the host's time of one small eager call
+    python benchmark.py model                             # Llama 3 8B's shapes end to end (80 GB); only where named
 
 Kernel time is the profiler's: the kernels of one call summed, the median of 20 calls that take turns with every other
 provider's, the L2 cache flushed before each. The floor is the fewest bytes a call must move (each tensor once) over the
@@ -585,7 +586,7 @@ OPS = {
     ),
     "scaling": (scaling_case, [(2**i, *shape) for shape in LINEAR for i in range(11, 17)], [(256, "rmsnorm", 1024)]),
 }  # fmt: skip
-FORWARD_ONLY = ("int8_gemm_w8a8", "fp8_gemm", "quantize", "host")
+FORWARD_ONLY = ("int8_gemm_w8a8", "fp8_gemm", "quantize", "host", "model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,12 +655,281 @@ def host_rows(o):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A whole model: Llama, its layer made of PyTorch's own ops or of the repo's
+# ---------------------------------------------------------------------------------------------------------------------
+
+CAPTION = """\
+Llama 3 8B's shapes, random weights, PyTorch's attention throughout. stock: PyTorch's ops, as transformers writes them;
+ours: the repo's, projections packed; int8, fp8: ours with QuantizedLinear, FP8Linear; compiled: torch.compile of one
+layer, which all layers share, and of the end. decode: a token a sequence in a static cache, captured in a CUDA graph.
+training: forward, loss, backward. peak: the variant's weights and what a step allocates. error: against float32, of
+the logits; in training of the embedding's gradient.
+"""
+LLAMA = types.SimpleNamespace(layers=32, hidden=4096, inner=14336, heads=32, kv_heads=8, dim=128, vocab=128256)
+TINY = types.SimpleNamespace(layers=2, hidden=64, inner=96, heads=4, kv_heads=2, dim=16, vocab=256)
+# sequences, tokens of each (decode: rows of the cache), layers
+STEPS = [("prefill", 1, 4096, 32), ("prefill", 4, 2048, 32), ("decode", 1, 512, 32), ("decode", 8, 512, 32),
+         ("training", 1, 4096, 8)]  # fmt: skip
+TINY_STEPS = [("prefill", 2, 32, 2), ("decode", 2, 64, 2), ("training", 1, 32, 1)]
+
+
+def model_weights(o, c):
+    """[{name: weight}], which all variants share: of both ends, then of each layer."""
+    norm = lambda: randn(o, c.hidden, scale=0.1, shift=1.0)
+    added = lambda k: weight(o, c.hidden, k).mul_((2 * c.layers) ** -0.5)  # the residual stream keeps its size
+    ends = {"embed": randn(o, c.vocab, c.hidden), "norm": norm(), "head": weight(o, c.vocab, c.hidden)}
+    return [ends] + [{
+        "norm1": norm(), "qkv": weight(o, (c.heads + 2 * c.kv_heads) * c.dim, c.hidden), "o": added(c.heads * c.dim),
+        "norm2": norm(), "gate_up": weight(o, 2 * c.inner, c.hidden), "down": added(c.inner),
+    } for _ in range(c.layers)]  # fmt: skip
+
+
+def linear(weight):
+    module = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    module.weight = torch.nn.Parameter(weight)
+    return module
+
+
+class StockLayer(torch.nn.Module):
+    """x is what the layer before adds to the residual stream."""
+
+    def __init__(self, c, w):
+        super().__init__()
+        self.heads, self.dim = (c.heads, c.kv_heads, c.kv_heads), c.dim
+        self.norm1, self.norm2 = torch.nn.Parameter(w["norm1"]), torch.nn.Parameter(w["norm2"])
+        self.o_proj, self.down_proj = linear(w["o"]), linear(w["down"])
+        self.project(w)
+
+    def project(self, w):
+        self.q_proj, self.k_proj, self.v_proj = map(linear, w["qkv"].split([h * self.dim for h in self.heads]))
+        self.gate_proj, self.up_proj = map(linear, w["gate_up"].chunk(2))
+
+    def norm(self, x, residual, weight):
+        residual = residual + x
+        h = residual.float()
+        return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype), residual
+
+    def qkv(self, x):
+        return [p(x).unflatten(-1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj)]
+
+    def rotated(self, q, k, cos, sin):
+        return eager_rope(q, cos, sin), eager_rope(k, cos, sin)
+
+    def gated(self, x):
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x, residual, cos, sin, cache, positions, mask):
+        x, residual = self.norm(x, residual, self.norm1)
+        q, k, v = self.qkv(x)  # (B, S, heads, dim)
+        q, k, v = (t.transpose(1, 2) for t in (*self.rotated(q, k, cos, sin), v))
+        if cache is not None:
+            k, v = updated(cache, positions, k, v)
+        if q.dtype == torch.float32:  # no kernel takes fewer heads of k there, and the scores would fill the memory
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1])
+        x, residual = self.norm(self.o_proj(x.transpose(1, 2).flatten(2)), residual, self.norm2)
+        return self.down_proj(self.gated(x)), residual
+
+
+def updated(cache, positions, k, v):
+    return [old.index_copy_(2, positions, new) for old, new in zip(cache, (k, v))]
+
+
+class OurLayer(StockLayer):
+    def project(self, w):
+        self.qkv_proj, self.gate_up_proj = linear(w["qkv"]), linear(w["gate_up"])
+
+    def norm(self, x, residual, weight):
+        return rmsnorm.rmsnorm_residual_fused(x, residual, weight, EPS, return_residual=True)
+
+    def qkv(self, x):
+        return self.qkv_proj(x).unflatten(-1, (-1, self.dim)).split(self.heads, 2)
+
+    def rotated(self, q, k, cos, sin):
+        return rope.apply_rope(q, k, cos, sin)
+
+    def gated(self, x):
+        if type(self.gate_up_proj) is torch.nn.Linear:
+            return swiglu.fused_gated_mlp(x, self.gate_up_proj.weight)
+        return swiglu.swiglu_fused(self.gate_up_proj(x))
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self, c, weights, layer, tables):
+        super().__init__()
+        self.embed, self.norm = (torch.nn.Parameter(weights[0][name]) for name in ("embed", "norm"))
+        self.layers = torch.nn.ModuleList(layer(c, w) for w in weights[1:])
+        self.lm_head, self.tables = linear(weights[0]["head"]), tables
+
+    def end(self, x, residual, labels):
+        logits = self.lm_head(self.layers[0].norm(x, residual, self.norm)[0])
+        return logits if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    def forward(self, tokens, positions, caches=(), mask=None, labels=None):
+        residual = F.embedding(tokens, self.embed)
+        x = torch.zeros_like(residual).requires_grad_(residual.requires_grad)  # else the first layer is compiled apart
+        cos, sin = (t[positions] for t in self.tables)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
+            x, residual = layer(x, residual, cos, sin, cache, positions, mask)
+        return self.end(x, residual, labels)
+
+
+class HuggingFace(Decoder):
+    """transformers' own model around the same weights."""
+
+    def __init__(self, c, weights, layer, tables):
+        super().__init__(c, weights, layer, tables)
+        library = importlib.import_module("transformers")
+        config = library.LlamaConfig(
+            hidden_size=c.hidden, intermediate_size=c.inner, num_hidden_layers=len(self.layers), vocab_size=c.vocab,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.dim, rms_norm_eps=EPS,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, attn_implementation="sdpa",
+        )  # fmt: skip
+        with torch.device("meta"):
+            self.causal = library.LlamaForCausalLM(config)
+        model, self.causal.lm_head = self.causal.model, self.lm_head
+        model.rotary_emb = type(model.rotary_emb)(config).to(self.embed.device)
+        model.embed_tokens.weight, model.norm.weight = self.embed, self.norm
+        for theirs, own in zip(model.layers, self.layers):
+            theirs.input_layernorm.weight, theirs.post_attention_layernorm.weight = own.norm1, own.norm2
+            for name, module in own.named_children():
+                setattr(theirs.self_attn if name[0] in "qkvo" else theirs.mlp, name, module)
+
+    def forward(self, tokens, positions, caches=(), mask=None, labels=None):
+        cache = types.SimpleNamespace(update=lambda k, v, i: updated(caches[i], positions, k, v))
+        where = (mask, positions[None], cache) if caches else ()
+        out = self.causal(tokens, *where, labels=labels, shift_labels=labels, use_cache=False)
+        return out.logits if labels is None else out.loss
+
+
+def build(o, name, c, weights, training):
+    """The variant of that name."""
+    ours = name.startswith(("ours", "int8", "fp8"))
+    cos, sin, *full = tables(o, 4096, c.dim)
+    full = [t.to(weights[0]["embed"].dtype) for t in full]
+    make = HuggingFace if name == "transformers" else Decoder
+    model = make(c, weights, OurLayer if ours else StockLayer, (cos, sin) if ours else full)
+    if name == "int8":
+        int8_gemm.quantize_model(model)
+    for layer in model.layers:
+        for child, old in list(layer.named_children()) if name == "fp8" else ():
+            new = None if training else fp8_gemm.FP8Linear.from_linear(old)
+            if training:
+                new = fp8_gemm.FP8Linear(old.in_features, old.out_features, device="meta")
+                new.weight = old.weight
+            setattr(layer, child, new)
+        if name.endswith("compiled"):
+            layer.compile(fullgraph=True, dynamic=False)
+    if name.endswith("compiled"):
+        model.end = torch.compile(model.end, fullgraph=True, dynamic=False)
+    return model
+
+
+def captured(call):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return lambda: (graph.replay(), out, call)[1]  # call keeps the model's memory
+
+
+def model_rows(o, c, weights, kind, b, s):
+    """{variant: figures}: each held against float32, then timed; {} for one that failed."""
+    training, decode = kind == "training", kind == "decode"
+    tokens, labels = (torch.randint(c.vocab, (b, 1 if decode else s), device=o.device) for _ in range(2))
+    places = torch.arange(s, device=o.device)
+    positions = places[s // 2 :][:1] if decode else places
+    caches = [[randn(o, b, c.kv_heads, s, c.dim) for _ in "kv"] for _ in weights[1:] if decode]
+
+    def step(model, caches=caches):
+        if training:
+            return torch.autograd.grad(model(tokens, positions, labels=labels), list(model.parameters()))[0]
+        if not decode:
+            return model(tokens, positions)
+        mask = torch.zeros_like(caches[0][0][:1, :1, None, :, 0]).masked_fill_(places > positions, -math.inf)
+        return model(tokens, positions, caches, mask)
+
+    def checked(out):  # of a prefill every sixteenth position
+        return out if training else out[:, ::16].clone()
+
+    wide = build(o, "stock", c, [{k: t.float() for k, t in w.items()} for w in weights], training)
+    want = checked(step(wide, [[t.float() for t in cache] for cache in caches]))
+    del wide
+    names = ["stock", *["stock compiled"] * o.gpu, *["transformers"] * bool(peer("transformers")), "ours"]
+    names += [*["ours compiled"] * o.gpu, *["int8"] * (not training), "fp8"]
+    names += ["stock, not captured", "ours, not captured"] if decode and o.gpu else []
+    calls, rows = {}, {name: {} for name in names}
+    for name in names:
+        try:
+            model = build(o, name.partition(",")[0], c, weights, training)
+            call = functools.partial(step, model)
+            row = {"weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers()))}
+            got = checked(call())
+            if o.gpu:
+                del got
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                got = checked(call())
+                row["peak"] = torch.cuda.max_memory_allocated() - before + row["weights"]
+            if decode and o.gpu and "," not in name:
+                call = captured(call)
+                got = checked(call())
+            row["error"] = (torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)).item()
+        except Exception as exception:
+            note(f"  {name}: {reason(exception)}")
+            continue
+        allowed = {"int8": 0.05, "fp8": 0.15}.get(name, 1.1 * rows["stock"].get("error", 0.04) + 1e-5)
+        note(f"  {name}: relative error {row['error']:.2g}, allowed {allowed:.2g}")
+        if row["error"] <= allowed:
+            calls[name], rows[name] = call, row
+    turns = [{name: loop_us(call, o, 20 if decode else 2) for name, call in calls.items()} for _ in range(5)]
+    for name in calls:
+        us = sorted(turn[name] for turn in turns)[2]
+        rows[name] |= {"ms": us / 1e3, "tokens/s": 1e6 * tokens.numel() / us}
+    return rows
+
+
+def model_steps(o, folder):
+    """Prints a table for each step. {step: {variant: figures}}"""
+    print(CAPTION)
+    c, steps = LLAMA if o.gpu else TINY, {}
+    weights = model_weights(o, c)
+    for kind, b, s, layers in STEPS if o.gpu else TINY_STEPS:
+        title = f"{kind} {b}x{s}, {layers} layers"
+        note(title)
+        with torch.set_grad_enabled(kind == "training"):
+            rows = steps[title] = model_rows(o, c, weights[: layers + 1], kind, b, s)
+        torch._dynamo.reset()
+        head = [title, "tokens/s", "ms a token" if kind == "decode" else "ms a step", "x stock"]
+        head, stock = head + ["weights GB", "peak GB", "error"], rows["stock"].get("ms", math.nan)
+        lines = [[
+            name, f"{r['tokens/s']:.0f}", f"{r['ms']:.3g}", f"{stock / r['ms']:.2f}", f"{r['weights'] / 1e9:.2f}",
+            f"{r['peak'] / 1e9:.2f}" if o.gpu else "-", f"{r['error']:.1e}",
+        ] if r else [name, *"------"] for name, r in rows.items()]  # fmt: skip
+        print(github(lines, head))
+    if folder:
+        figure, axes = picture(1, len(steps), 3.6)
+        for axis, (title, rows) in zip(axes.flat, steps.items()):
+            names = [name for name in rows if rows[name]][::-1]
+            colors = ["C0" if name[0] in "st" else "black" if name[0] == "o" else "C1" for name in names]
+            axis.barh(names, [rows[name]["tokens/s"] for name in names], color=colors)
+            axis.set(title=title, xlabel="tokens/s")
+            axis.locator_params("x", nbins=4)
+        save(figure, folder, "model", f"Llama 3 8B's shapes, {o.name}, {o.type}")
+    return steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables, plots, command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def short(us):
     return "-" if us is None else f"{us:.1f}" if us < 1000 else f"{us:.0f}"
+
+
+def github(lines, head):
+    align = ["left"] + ["right"] * (len(head) - 1)
+    return tabulate(lines, head, tablefmt="github", disable_numparse=True, colalign=align) + "\n"
 
 
 def print_table(title, rows, o):
@@ -681,8 +951,7 @@ def print_table(title, rows, o):
             line += [", ".join(f"{errors[name]:.1e}" if name in errors else "-" for name in pair)] if product else []
             line += [", ".join(short(calls.get(name)) for name in pair)]
         lines.append(line + [""] * (len(head) - len(line)))
-    align = ["left"] + ["right"] * (len(head) - 1)
-    print(tabulate(lines, head, tablefmt="github", disable_numparse=True, colalign=align) + "\n")
+    print(github(lines, head))
 
 
 def crossovers(rows):
@@ -699,14 +968,21 @@ def crossovers(rows):
             yield f"{group}: int8 {said} from M = {gains[0][0]} to {gains[-1][0]}"
 
 
+def picture(tall, wide, width=5.5):
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width * wide, 4 * tall))
+    return figure, figure.subplots(tall, wide, squeeze=False)
+
+
+def save(figure, folder, name, title):
+    figure.suptitle(title)
+    figure.tight_layout()
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    figure.savefig(pathlib.Path(folder) / f"{name}.png", dpi=100)
+
+
 def plot(op, rows, folder, o):
     """One picture an op: a panel for each group of three sizes or more, a line for each provider, the floor dashed; of
     "scaling" one panel with the time of each op over the tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups = {g: [r for r in rows if r["group"] == g] for g in dict.fromkeys(r["group"] for r in rows)}
     groups = {g: own for g, own in groups.items() if len(own) > 2} or groups
     names = list(dict.fromkeys(name for row in rows for name in row["us"]))
@@ -714,7 +990,7 @@ def plot(op, rows, folder, o):
     amount, unit, y = ("flops", 1e6, "TFLOP/s") if product else ("bytes", 1e3, "GB/s")
     wide = 1 if scaling else min(len(groups), 3)
     tall = 1 if scaling else math.ceil(len(groups) / wide)
-    figure, axes = plt.subplots(tall, wide, figsize=(5.5 * wide, 4 * tall), squeeze=False)
+    figure, axes = picture(tall, wide)
     for axis in axes.flat:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log" if product or scaling else "linear")
@@ -737,11 +1013,7 @@ def plot(op, rows, folder, o):
         axis.legend(fontsize=7)
     for axis in axes.flat[len(groups) :]:
         axis.axis("off")
-    figure.suptitle(f"{op} {o.way}, {o.name}, {o.type}")
-    figure.tight_layout()
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    figure.savefig(pathlib.Path(folder) / f"{op}_{o.way}.png", dpi=100)
-    plt.close(figure)
+    save(figure, folder, f"{op}_{o.way}", f"{op} {o.way}, {o.name}, {o.type}")
 
 
 def installed(package):
@@ -763,9 +1035,9 @@ def options(args):
 
 
 def main():
-    names = [*OPS, "host"]
+    names = [*OPS, "host", "model"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("op", nargs="*", help=f"those whose names begin so; all without one: {', '.join(names)}")
+    parser.add_argument("op", nargs="*", help=f"names or how they begin; without one all but model: {', '.join(names)}")
     parser.add_argument("--backward", action="store_true", help="time the backward pass: the autograd.grad call alone")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="bfloat16; float32 without a GPU")
     parser.add_argument("--json", metavar="F", help="write every figure to F as well")
@@ -773,7 +1045,7 @@ def main():
     args = parser.parse_args()
     if unknown := [op for op in args.op if not any(name.startswith(op) for name in names)]:
         parser.error(f"op must be among {', '.join(names)}, got {', '.join(unknown)}")
-    ops = [name for name in names if not args.op or name.startswith(tuple(args.op))]
+    ops = [name for name in names if name.startswith(tuple(args.op or names[:-1]))]
     ops = [name for name in ops if not (args.backward and name in FORWARD_ONLY)]
     if not ops:
         parser.error(f"{', '.join(FORWARD_ONLY)} have no backward pass to time")
@@ -781,7 +1053,7 @@ def main():
     if not o.gpu:
         torch.set_num_threads(1)  # on shapes this small threads gain little, and crawl where the other cores are busy
     torch.manual_seed(0)
-    torch._functorch.config.donated_buffer = False  # a compiled backward is to run more than once
+    torch._functorch.config.donated_buffer = not o.backward  # there a compiled backward is to run more than once
     warnings.filterwarnings("ignore", module="torch.profiler")
     versions = {"torch": torch.__version__} | {p: v for p in ("triton", *PEERS) if (v := installed(p))}
     result = {"gpu": o.name, "versions": versions}
@@ -801,6 +1073,9 @@ def main():
             rows = result[op] = host_rows(o)
             head = ["host's time of one call at one token", "us", "x first"]
             print(tabulate(rows, head, tablefmt="github", floatfmt=("", ".1f", ".2f")) + "\n")
+        elif op == "model":
+            result[op] = model_steps(o, args.plot)
+            missing += [f"{step}: {name}" for step, rows in result[op].items() for name in rows if not rows[name]]
         else:
             make, full, small = OPS[op]
             rows = result[op] = []
