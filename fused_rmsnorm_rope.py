@@ -149,12 +149,12 @@ if triton is not None:
         heads = start + tl.arange(0, BLOCK_H)[None, :, None]
         x0, x1 = _load_pairs(x_ptr + heads * D, mask & (heads < H), D, HALF, INTERLEAVED, "")
         w0, w1 = _load_weights(w_ptr, heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
-        squares = x0 * x0 + x1 * x1
+        squares = tl.fma(x0, x0, x1 * x1)
         if WHOLE:  # of a long row the first heads stay in registers, the others are read again, from L1
             for more in range(BLOCK_H, H, BLOCK_H):
                 at = more + heads
                 a0, a1 = _load_pairs(x_ptr + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_last")
-                squares += a0 * a0 + a1 * a1
+                squares = tl.fma(a0, a0, tl.fma(a1, a1, squares))
         rstd = tl.rsqrt(_sum(squares, WHOLE) / (H * D if WHOLE else D) + tl.cast(eps, tl.float32))
         y0, y1 = _turn(x0 * rstd * w0, x1 * rstd * w1, cos, sin)
         _store_pairs(y_ptr + heads * D, y0, y1, mask & (heads < H), D, HALF, INTERLEAVED)
@@ -373,7 +373,7 @@ def _forward(q, k, q_weight, k_weight, cos, sin, position_ids, D, whole, eps, of
     B, S, width = q.shape
     Hq, Hk = width // D, 0 if k is None else k.shape[2] // D
     q_out = q.new_empty(B, S, width)
-    k_out = None if k is None else k.new_empty(k.shape)
+    k_out = None if k is None else k.new_empty(B, S, k.shape[2])
     tables, strides, rows = _tables(cos, sin, position_ids)
     HALF = 1 << (D // 2 - 1).bit_length()
     BLOCK_T, BLOCK_H, num_warps = _forward_tile(Hq, HALF, whole)

@@ -4,7 +4,7 @@
     rmsnorm_residual_fused:  the same of h = x + residual, which it returns on request: what a pre-norm block needs
 
 Cost. Memory-bound: x is read once and y written once, 2 * M * N * itemsize bytes (4 * M * N with the residual and h);
-backward 3 * M * N: x and dy in, dx out. Rows longer than 4096 are read twice, the second time from L1 or L2.
+backward 3 * M * N: x and dy in, dx out. Rows longer than 8192 are read twice, the second time from L1 or L2.
 Numerics. float32 inside, one rounding, at the end. h is rounded to residual's dtype first and then normalised, as in a
 model that adds and then norms. casting="llama" rounds the normalised row to x.dtype before the weight multiplies it.
 Backward: with g = dy * (offset + weight) and xhat = x * rstd, dx = rstd * (g - xhat * mean(g * xhat)); the weight's
@@ -100,8 +100,8 @@ if triton is not None:
         if res_ptr is not None:
             res_ptr += rows * stride_rm
         DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-        # The last block stays in registers, those before it are read again, from L1: fewer registers, so more rows at a
-        # time on a processor, 126 to 129 us at 16384x8192 on an H200 where rows held whole take 130 to 150
+        # Of a long row the last block stays in registers, those before it are read again, from L1: fewer registers, so
+        # more rows at a time on a processor. 130 us at 4096x32768 on an H200, where rows held whole take 141
         LAST: tl.constexpr = (N - 1) // BLOCK_N * BLOCK_N
         squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, LAST, BLOCK_N):
@@ -109,14 +109,14 @@ if triton is not None:
             h = _load_sum(x_ptr, res_ptr, at, rows < M, "evict_last")
             if h_ptr is not None:
                 tl.store(h_ptr + rows * N + at, h, rows < M)
-            squares += h * h
+            squares = tl.fma(h, h, squares)  # left to the compiler, which product is rounded may change with the arguments
         at = LAST + cols
         mask = (rows < M) & (at < N)
         h = _load_sum(x_ptr, res_ptr, at, mask, "")
         w = _load_weight(w_ptr, at, at < N, offset)  # before the sum is complete: under way meanwhile
         if h_ptr is not None:
             tl.store(h_ptr + rows * N + at, h, mask)
-        squares = tl.sum(squares + h * h, axis=1, keep_dims=True)
+        squares = tl.sum(tl.fma(h, h, squares), axis=1, keep_dims=True)
         rstd = tl.rsqrt(squares / N + tl.cast(eps, tl.float32))
         if rstd_ptr is not None:
             tl.store(rstd_ptr + rows, rstd, rows < M)
@@ -211,17 +211,17 @@ def _block(N):
 def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     N = x.shape[-1]
     M = x.numel() // N
-    y = x.new_empty(x.shape)
-    h = residual.new_empty(x.shape) if keep_h else None
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of new_empty
+    h = torch.empty_like(residual, memory_format=torch.contiguous_format) if keep_h else None
     rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
-    # Rows of up to 4096 columns in one block, longer ones in blocks of half or a quarter of their power of two; in us on
-    # an H200 64.7 at 16384x4096 (eight warps; four 66.0), 40.2 at 16384x2560 (four; eight 45.4), 130 at 4096x32768 (in
-    # quarters 136), 291 at 16384x18944 (in halves 325), 161 at 1024x131072 (in blocks of 16384 190)
+    # Rows of up to 8192 columns in one block, longer ones in blocks of half or a quarter of their power of two; in us on
+    # an H200 64.7 at 16384x4096 (eight warps; four 66.0), 40.2 at 16384x2560 (four; eight 45.4), 130.1 at 16384x8192 and
+    # 1.7 at 8x8192 (in halves 129.3 and 2.0), 130 at 4096x32768 (in quarters 136), 291 at 16384x18944 (in halves 325)
     BLOCK_N = _block(N)
-    if N > 4096:
+    if N > 8192:
         widest = 65536 // x.element_size() // (1 if residual is None else 2)
         BLOCK_N = min(BLOCK_N // (2 if N > BLOCK_N // 4 * 3 else 4), widest)
-    num_warps = 4 if N <= 3072 else 8 if BLOCK_N <= 4096 else 16
+    num_warps = 4 if N <= 3072 else 8 if N <= 8192 else 16
     BLOCK_M = max(2048 // BLOCK_N, 1)
     _rmsnorm_fwd_kernel[(-(-M // BLOCK_M),)](
         x, residual, weight, y, h, rstd, _stride(x), _stride(residual), M, eps, offset,
@@ -298,7 +298,7 @@ def _check(x, residual, weight, casting):
         raise ValueError("x must have shape (..., N), got ()")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if weight is not None and weight.shape != x.shape[-1:]:
+    if weight is not None and weight.shape != (x.shape[-1],):
         raise ValueError(f"weight must have shape ({x.shape[-1]},), got {tuple(weight.shape)}")
     if casting not in ("torch", "llama"):
         raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")
