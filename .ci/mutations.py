@@ -1,0 +1,170 @@
+"""Plants faults, one at a time, in a copy of the repo and says whether the suite catches each.
+
+    python .ci/mutations.py [NAME ...]     all of them, or those whose name contains one of these words
+
+Without a GPU the kernels run in Triton's interpreter; faults that only a GPU can show are left out there, and named. The table goes
+to results/mutations.txt. Exit status: 1 where a fault is missed, 2 where the text to be replaced does not occur exactly once (then
+the code has changed, and the fault has to be planted anew).
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# name, file, what stands there, what stands there instead, tests that are to notice (pytest -k); last, "gpu" where it takes one
+MUTATIONS = [
+    # ---- rmsnorm
+    ("norm: eps outside the root", "rmsnorm.py", "tl.rsqrt(squares / N + tl.cast(eps, tl.float32))",
+     "tl.rsqrt(squares / N) + tl.cast(eps, tl.float32)", "test_rmsnorm"),
+    ("norm: offset forgotten", "rmsnorm.py", "w += tl.cast(offset, tl.float32)", "w += 0.0", "test_rmsnorm"),
+    ("norm: mask of the last columns dropped", "rmsnorm.py", "mask = (rows < M) & (at < N)", "mask = (rows < M) & (at < N + 1)", "test_rmsnorm"),
+    ("norm: one block of a long row skipped", "rmsnorm.py", "LAST: tl.constexpr = (N - 1) // BLOCK_N * BLOCK_N",
+     "LAST: tl.constexpr = (N - 1) // BLOCK_N * BLOCK_N // (2 * BLOCK_N) * BLOCK_N", "test_rmsnorm"),
+    ("norm: casting ignored", "rmsnorm.py", "xhat = xhat.to(DTYPE).to(tl.float32)", "xhat = xhat.to(tl.float32)", "test_rmsnorm"),
+    ("norm: sum not rounded to the residual's dtype", "rmsnorm.py", "(h + res.to(tl.float32)).to(res.dtype).to(tl.float32)",
+     "h + res.to(tl.float32)", "test_rmsnorm"),
+    ("norm: row stride taken for the width", "rmsnorm.py", "t.shape[-1] if t.is_contiguous() else t.stride(0)", "t.shape[-1]", "test_rmsnorm"),
+    ("norm: sign in the backward pass", "rmsnorm.py", "dx = rstd * (g - xhat * mean)", "dx = rstd * (g + xhat * mean)", "test_rmsnorm"),
+    ("norm: gradient through the second output lost", "rmsnorm.py", "dx += tl.load(dh_ptr", "dx += 0.0 * tl.load(dh_ptr", "test_rmsnorm"),
+    ("norm: frozen parts get a gradient", "rmsnorm.py", "[dtype if needed else None for dtype, needed", "[dtype for dtype, needed", "test_rmsnorm"),
+    ("norm: residual's gradient in x's dtype", "rmsnorm.py", "same = dx_dtype is None or dres_dtype is None or dx_dtype == dres_dtype", "same = True",
+     "test_rmsnorm"),
+    ("norm: second derivatives silently wrong", "rmsnorm.py", "    @once_differentiable\n", "", "test_trust_gradients"),
+    # ---- rope
+    ("rope: wrong half", "rope.py", "x1 = tl.load(x_ptr + R // 2 + pairs", "x1 = tl.load(x_ptr + D // 2 + pairs", "test_rope"),
+    ("rope: backward does not negate the sine", "rope.py", "            sin = -sin\n", "            sin = sin\n", "test_rope"),
+    ("rope: negative positions read before the table", "rope.py", "(position >= 0) & (position < rows) & (pairs", "(position < rows) & (pairs",
+     "test_rope_positions or (test_fuzz and apply_rope)"),
+    ("rope: positions past the table read on", "rope.py", "(position >= 0) & (position < rows) & (pairs", "(position >= 0) & (pairs",
+     "test_rope_positions or (test_fuzz and apply_rope)"),
+    ("rope: the part that is not rotated is left out", "rope.py", "mask & (rest < D))\n\n", "mask & (rest < R))\n\n", "test_rope"),
+    ("rope: angle rounded down to a quarter turn", "rope.py", "quarter = (turn + 536870912) >> 30", "quarter = turn >> 30", "test_rope_angles"),
+    ("rope: heads share one stride of k and q", "rope.py", "stride_h, H = tl.where(of_k, stride_kh, stride_qh)", "stride_h, H = stride_qh", "test_rope"),
+    ("rope: yarn without its attention factor", "rope.py", "if m and m_all else grow + 1", "if m and m_all else 1.0", "test_rope_scaling"),
+    ("rope: autograd not told of inplace", "rope.py", "torch.autograd.graph.increment_version(t)", "pass", "test_rope_inplace or trust"),
+    ("rope: tables of a batch read with one stride", "rope.py", "stride_cb = cos.stride(0) if at and cos.shape[0] > 1 else 0\n    if", "stride_cb = 0\n    if",
+     "test_rope"),
+    ("rope: dynamic frequencies kept for short calls", "rope.py", "elif rows > self.max_seq_len >= length and self.dynamic:", "elif False:", "test_rope_embedding"),
+    ("rope: k's heads counted on from q's", "rope.py", "block = tl.where(of_k, block - blocks_q, block)", "block = block + 0", "test_rope"),
+    ("rope: gradients of an output that nothing uses", "rope.py", "ctx.mark_non_differentiable(k_out)", "pass", "test_rope_gradients or test_trust_rope"),
+    # ---- fused RMSNorm + RoPE
+    ("fused: heads normed by the whole row's width", "fused_rmsnorm_rope.py", "_sum(squares, WHOLE) / (H * D if WHOLE else D)", "_sum(squares, WHOLE) / (H * D)", "test_fused"),
+    ("fused: heads past the end of k counted", "fused_rmsnorm_rope.py", "mask = (token < tokens) & (heads < Hk)", "mask = (token < tokens) & (heads < Hk + 1)",
+     "test_fused"),
+    ("fused: gradient of v not copied", "fused_rmsnorm_rope.py", "programs_v = 0 if ins[2] is None else -(-2 * programs_k // 3)", "programs_v = 0", "test_fused"),
+    ("fused: the turn's sine has the wrong sign", "fused_rmsnorm_rope.py", "tl.fma(n0, cos, -(n1 * sin)), tl.fma(n1, cos, n0 * sin)",
+     "tl.fma(n0, cos, n1 * sin), tl.fma(n1, cos, -(n0 * sin))", "test_fused"),
+    ("fused: rows that fill up a tile count in the weights' gradients", "fused_rmsnorm_rope.py",
+     "rstd = tl.where(known, tl.rsqrt(squares / N + tl.cast(eps, tl.float32)), 0.0)", "rstd = tl.rsqrt(squares / N + tl.cast(eps, tl.float32))",
+     "test_trust_norms"),
+    ("fused: positions outside the tables", "fused_rmsnorm_rope.py", "tl.where(known | (mask == 0), cos, float(\"nan\"))", "cos", "test_fused"),
+    ("fused: strided weights", "fused_rmsnorm_rope.py", "_columns(x), weight.contiguous(), weight.shape[0] == width", "_columns(x), weight, weight.shape[0] == width",
+     "test_fuzz and fused"),
+    # ---- swiglu
+    ("swiglu: halves of a packed tensor swapped", "swiglu.py", "    if up is None:\n        gate, up = gate.chunk(2, dim=1)\n    out",
+     "    if up is None:\n        up, gate = gate.chunk(2, dim=1)\n    out", "test_swiglu"),
+    ("swiglu: gelu's derivative", "swiglu.py", "phi + x * tl.exp(-0.5 * x * x)", "phi + tl.exp(-0.5 * x * x)", "test_swiglu"),
+    ("swiglu: huge gates", "swiglu.py", "z = tl.minimum(tl.maximum(x, -20.0), 20.0)", "z = x + 0.0", "test_swiglu or (test_fuzz and swiglu)"),
+    ("gated MLP: gate and up swapped", "swiglu.py", "            if UP_FIRST:\n", "            if not UP_FIRST:\n", "test_gated"),
+    ("gated MLP: last step of K skipped", "swiglu.py", "for k in range(0, tl.cdiv(K, BLOCK_K)):", "for k in range(0, K // BLOCK_K):", "test_gated"),
+    ("gated MLP: frozen x gets a gradient, x does not", "swiglu.py", "            if ctx.needs_input_grad[0]:\n                dx = torch.addmm(",
+     "            if not ctx.needs_input_grad[0]:\n                dx = torch.addmm(", "test_gated"),
+    ("swiglu: a strided gradient", "swiglu.py", "_swiglu_backward(_rows(dout), pre[0]", "_swiglu_backward(dout, pre[0]", "test_gated or test_trust_gradients_of"),
+    # ---- int8
+    ("int8: halves rounded up", "int8_gemm.py", "return (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)", "return tl.floor(v + 0.5).to(tl.int8)", "test_int8_quantizer"),
+    ("int8: an all-zero row", "int8_gemm.py", "        scale = tl.where(scale == 0.0, 1.0, scale)\n        tl.store(scale_ptr",
+     "        tl.store(scale_ptr", "test_int8_quantizer"),
+    ("int8: scale of the wrong channel", "int8_gemm.py", "y *= tl.load(scale_ptr + offs_n, mask=offs_n < N)",
+     "y *= tl.load(scale_ptr + offs_n // 2, mask=offs_n < N)", "test_int8_gemm"),
+    ("int8: rows of x past the end of the matrix", "int8_gemm.py", "x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]",
+     "x_ptrs = x_ptr + (offs_m % (M - 1)).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]", "test_int8_gemm"),
+    ("int8: scales cast with the model", "int8_gemm.py", "self._buffers[name] = was.to(self._buffers[name].device)", "pass", "test_int8_linear"),
+    ("int8: tied weights swapped", "int8_gemm.py", "len(owners[memory(module.weight)]) > 1 or set(skip)", "set(skip)", "test_int8_quantize_model"),
+    ("int8: bias with the wrong sign", "int8_gemm.py", "y += tl.load(bias_ptr + offs_n", "y -= tl.load(bias_ptr + offs_n", "test_int8_gemm"),
+    ("int8: strided scales", "int8_gemm.py", "scale, bias = scale.contiguous(), bias if", "scale, bias = scale, bias if", "test_int8_gemm or (test_fuzz and int8_gemm)"),
+    ("int8: autocast ignored", "int8_gemm.py", "x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))", "x = x + 0", "test_int8_gemm_autocast"),
+    ("int8: names to skip ignored", "int8_gemm.py", " or set(skip) & {*parts, *above}:", ":", "test_int8_quantize_model"),
+    # ---- fp8
+    ("fp8: stale cache after an in-place edit", "fp8_gemm.py", "state = storage._cdata, w.data_ptr(), w._version,", "state = storage._cdata, w.data_ptr(),",
+     "test_fp8_linear_cache"),
+    ("fp8: stale cache after another tensor took the memory", "fp8_gemm.py", "state, StorageWeakRef(storage), quantized", "state, None, quantized",
+     "test_fp8_linear_cache or test_trust_fp8"),
+    ("fp8: scales of the step before", "fp8_gemm.py", "            if BLOCKS:  # the next step's, which so have a whole step to arrive\n                block = min(k // 128 + 1,",
+     "            if BLOCKS:  # the next step's, which so have a whole step to arrive\n                block = min(k // 128,", "test_fp8_gemm"),
+    ("fp8: scale axes of w swapped", "fp8_gemm.py", "0 if b_scale.numel() == 1 else b_scale.stride(1), b_scale.stride(0) if blocks else 0,",
+     "0 if b_scale.numel() == 1 else b_scale.stride(0), b_scale.stride(1) if blocks else 0,", "test_fp8_gemm"),
+    ("fp8: NaN widened to a number", "fp8_gemm.py", "tl.where((q & 0x7F) == 0x7F, 0x7E00,", "tl.where((q & 0x7F) == 0x80, 0x7E00,", "test_fp8_widening"),
+    ("fp8: the smallest scale", "fp8_gemm.py", "scale.clamp(min=_TINY)", "scale", "test_fp8_quantiser"),
+    ("fp8: fp8 copies pickled with the module", "fp8_gemm.py", 'if k != "_cache"}', '}', "FP8Linear or fp8"),
+    ("fp8: infinities counted in the scale", "fp8_gemm.py", "        return x * 0.0 + x\n", "        return x\n", "test_fp8_quantiser"),
+    ("fp8: weights of the block recipe quantised by row blocks", "fp8_gemm.py", '"block2d" if self.granularity == "block" else self.granularity', "self.granularity",
+     "test_fp8_linear"),
+    ("fp8: bias gets no gradient from an inference layer", "fp8_gemm.py", "        if ctx.needs_input_grad[2]:\n", "        if ctx.needs_input_grad[1]:\n",
+     "test_fp8_linear or test_trust_fp8"),
+    # ---- device.py
+    ("device: fp8 from 8.0 on", "device.py", "(8, 9)", "(8, 0)", "test_device"),
+    # ---- what only a GPU shows
+    ("norm: rows counted in 32 bits", "rmsnorm.py", "rows = tl.program_id(0).to(tl.int64) * BLOCK_M", "rows = tl.program_id(0) * BLOCK_M",
+     "test_rmsnorm_beyond", "gpu"),
+    ("rope: another device's stream", "rope.py", "with torch.cuda.device(q.device):  # Triton launches", "if True:  # Triton launches", "test_rope_second_gpu", "gpu"),
+    ("fp8: another stream does not wait", "fp8_gemm.py", "            stream.wait_event(cache[4])\n", "", "test_fp8_linear_cache_on_other", "gpu"),
+]  # fmt: skip
+
+
+def run(mutation):
+    name, file, old, new, selection, *needs = mutation
+    source = (ROOT / file).read_text()
+    if source.count(old) != 1:
+        return name, file, f"the text occurs {source.count(old)} times", 0.0
+    if needs and not GPU:
+        return name, file, "needs a GPU", 0.0
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for path in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "requirements.txt"]:
+            shutil.copy(path, folder)
+        (pathlib.Path(folder) / file).write_text(source.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-qx", "--no-header", "--tb=no", "-p", "no:cacheprovider", "test_kernels.py",
+                   "-k", f"({selection}) and not ahead_of_time and not compile and not alone"]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": os.path.join(folder, "cache")}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    verdict = {0: "MISSED", 1: "caught"}.get(done.returncode, f"pytest ended with {done.returncode}")
+    if done.returncode < 0:
+        verdict = f"caught by a crash (signal {-done.returncode})"
+    if done.returncode == 1:
+        failed = [line.split("::")[1].split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) and "::" in line]
+        verdict += f" by {failed[0]}" if failed else ""
+    return name, file, verdict, time.monotonic() - start
+
+
+if __name__ == "__main__":
+    import torch
+
+    GPU = torch.cuda.is_available()
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(w in m[0] for w in words)]
+    workers = 4 if GPU else len(os.sched_getaffinity(0))
+    where = torch.cuda.get_device_name() if GPU else f"CPU ({platform.machine()}), Triton's interpreter"
+    lines = [f"{len(chosen)} planted faults, {where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}", ""]
+    print(lines[0], file=sys.stderr)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        results = []
+        for result in pool.map(run, chosen):
+            results.append(result)
+            print(f"{result[3]:5.0f} s  {result[0]}: {result[2]}", file=sys.stderr, flush=True)
+    width = max(len(r[0]) for r in results)
+    lines += [f"{name:{width}}  {file:22}  {verdict}" for name, file, verdict, _ in results]
+    caught = sum(r[2].startswith("caught") for r in results)
+    lines += ["", f"caught {caught}, missed {sum(r[2] == 'MISSED' for r in results)}, not run here {sum(r[2] == 'needs a GPU' for r in results)}"]
+    print("\n".join(lines))
+    if not words:
+        (ROOT / "results" / "mutations.txt").write_text("\n".join(lines) + "\n")
+    bad = [r for r in results if not r[2].startswith("caught") and r[2] != "needs a GPU"]
+    sys.exit(0 if not bad else 1 if any(r[2] == "MISSED" for r in bad) else 2)
