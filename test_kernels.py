@@ -2539,7 +2539,7 @@ for signature, constexprs, warps, options in json.load(sys.stdin):
 
 def test_int8_gemm_waits_for_the_tensor_cores():
     """The reason for the above, seen without a GPU: _gemm_kernel leaves no product running when a step ends on sm_90."""
-    jobs = [(row[2], row[3], row[4], row[6]) for row in AOT if row[1] == "_gemm_kernel" and row[3]["PERMUTED"]][:: 1 if GPU else 3]
+    jobs = [(row[2], row[3], row[4], row[6]) for row in AOT if row[:2] == ("int8_gemm", "_gemm_kernel") and row[3]["PERMUTED"]][:: 1 if GPU else 3]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", INT8_WAITS, str(HERE)]
     done = subprocess.run(command, input=json.dumps(jobs), env=environment, capture_output=True, text=True)
