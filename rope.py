@@ -6,9 +6,9 @@ q (B, S, Hq, D) and k (B, S, Hk, D), or (S, H, D). A pair is (i, i + R/2) (GPT-N
 interleaved=True, (2 * i, 2 * i + 1) (RoFormer, GPT-J, Meta's Llama). With R < D the rest of the row passes through.
 
 Cost. Memory-bound: q and k are read once and written once, 2 * B * S * (Hq + Hk) * D * itemsize bytes, in one launch;
-the tables' rows are shared by all heads. The backward pass is the forward with the sine negated.
-Layout. Any strides are read in place. Results are dense: (B, S, H, D), or where q's heads lie outside its tokens (a
-transposed (B, H, S, D)) in that order of dimensions, so that transposing them back gives a contiguous tensor.
+all heads share the tables' rows. The backward pass is the forward with the sine negated.
+Layout. Any strides are read in place. Results are dense: (B, S, H, D), or where q's heads lie outside its tokens in the
+order of a contiguous (B, H, S, D), transposed.
 Numerics. float32 inside, one rounding, at the end.
 Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864
 """
@@ -30,29 +30,27 @@ except ImportError:  # no Triton on this platform: the twins serve every call
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-
 _SCALINGS = {  # rope_type: the entries that it needs
-    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "default": (), "linear": ("factor",), "dynamic": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }  # fmt: skip
 
 
 def _frequencies(seq_len, head_dim, base, scaling, device):
     """Angle per position of each pair, float64, and the factor on cos and sin, as transformers' ROPE_INIT_FUNCTIONS."""
-    scaling = scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type")) or "default"
+    given = {name: value for name, value in (scaling or {}).items() if value is not None}
+    kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _SCALINGS:
         raise ValueError(f"scaling's rope_type must be one of {', '.join(_SCALINGS)}, got {kind!r}")
-    longest, factor = scaling.get("max_position_embeddings"), scaling.get("factor")
-    trained = scaling.get("original_max_position_embeddings") or longest
-    if kind == "yarn" and factor is None and longest:
-        factor = longest / trained
-    lacks = [n for n in _SCALINGS[kind] if scaling.get(n) is None] + ["factor"] * (kind == "yarn" and factor is None)
-    lacks += ["original_max_position_embeddings"] * (kind in ("dynamic", "llama3", "yarn") and not trained)
-    if lacks:
+    if "max_position_embeddings" in given:
+        trained = given.setdefault("original_max_position_embeddings", given["max_position_embeddings"])
+        if kind == "yarn":
+            given.setdefault("factor", given["max_position_embeddings"] / trained)
+    if lacks := [name for name in _SCALINGS[kind] if name not in given]:
         raise ValueError(f"scaling of rope_type {kind!r} must have {', '.join(map(repr, lacks))}, got {list(scaling)}")
-    base = scaling.get("rope_theta") or base
-    dim = int(head_dim * scaling.get("partial_rotary_factor", 1.0))
+    factor, trained = given.get("factor"), given.get("original_max_position_embeddings")
+    base, dim = given.get("rope_theta", base), int(head_dim * given.get("partial_rotary_factor", 1.0))
     if dim < 2 or dim % 2:
         raise ValueError(f"head_dim must be a positive even number, got {dim}")
     if not base > 0:
@@ -65,25 +63,23 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
     if kind == "linear":
         inv_freq = inv_freq / factor
     elif kind == "llama3":  # long waves are stretched by the factor, short ones kept, those between blended
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
         blend = ((trained * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         inv_freq = (1 - blend) * inv_freq / factor + blend * inv_freq
     if kind != "yarn":
         return inv_freq, 1.0
     # the pairs that turn beta_fast and beta_slow times within the trained length; between them the stretching sets in
-    turns = (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+    turns = given.get("beta_fast") or 32, given.get("beta_slow") or 1
     low, high = (dim * math.log(trained / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
-    if scaling.get("truncate", True):
+    if given.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = torch.arange(dim // 2, dtype=torch.float64, device=device) - low
     ramp = (ramp / (high - low if high != low else 0.001)).clamp(0, 1)
     grow = 0.1 * math.log(max(factor, 1))
-    m, m_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = (m * grow + 1) / (m_all * grow + 1) if m and m_all else grow + 1
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), attention_factor
+    m, m_all = given.get("mscale"), given.get("mscale_all_dim")
+    attention_factor = (m * grow + 1) / (m_all * grow + 1) if m and m_all else grow + 1
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), given.get("attention_factor", attention_factor)
 
 
 def build_rope_cache(
@@ -92,10 +88,9 @@ def build_rope_cache(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tables (cos, sin), (seq_len, head_dim / 2) each, of the positions 0 to seq_len - 1; angles in float64.
 
-    Args:
-        scaling: a Hugging Face rope_scaling or rope_parameters dict: rope_type (or type) linear, dynamic, llama3 or
-            yarn. Its rope_theta is the base, original_max_position_embeddings (or else max_position_embeddings) the
-            trained length, a partial_rotary_factor makes the tables narrower; yarn's attention factor is in the tables
+    scaling: a Hugging Face rope_scaling or rope_parameters dict, rope_type (or type) linear, dynamic, llama3 or yarn.
+    Its rope_theta is the base, original_max_position_embeddings (or else max_position_embeddings) the trained length; a
+    partial_rotary_factor makes the tables narrower; yarn's attention factor is in the tables.
 
     Raises: ValueError for a negative seq_len, an odd head_dim, an unknown rope_type or one whose entries are missing.
     """
@@ -113,12 +108,12 @@ def _rotary_dim(D, cos, rotary_dim):
     return 2 * width if 2 * width <= D and cos.dim() != 4 else width
 
 
-def _split(x, interleaved):
-    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-
-
-def _merge(y0, y1, interleaved):
-    return torch.stack((y0, y1), dim=-1).flatten(-2) if interleaved else torch.cat((y0, y1), dim=-1)
+def _turn(x, interleaved, turn):
+    """x with turn(x0, x1) for each pair, in float32 (float64 where x is)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y0, y1 = turn(*((wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)))
+    y = torch.stack((y0, y1), dim=-1).flatten(-2) if interleaved else torch.cat((y0, y1), dim=-1)
+    return y.to(x.dtype)
 
 
 def _on_mesh_of(q, *tables):
@@ -145,12 +140,12 @@ def rope_torch(
         index = torch.where((position_ids >= 0) & (position_ids < rows), position_ids, rows).long()
         cos, sin = (F.pad(t, (0, 0, 0, 1), value=math.nan)[index] for t in (cos, sin))
 
+    wide = torch.promote_types(q.dtype, torch.float32)
+    c, s = cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide)
+
     def rotate(x):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x0, x1 = _split(x[..., :R].to(wide), interleaved)
-        c, s = cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide)
-        y = _merge(x0 * c - x1 * s, x1 * c + x0 * s, interleaved).to(x.dtype).reshape(*x.shape[:-1], R)
-        y = torch.cat((y, x[..., R:]), dim=-1)
+        y = _turn(x[..., :R], interleaved, lambda x0, x1: (x0 * c - x1 * s, x1 * c + x0 * s))
+        y = torch.cat((y.reshape(*x.shape[:-1], R), x[..., R:]), dim=-1)
         return x.copy_(y) if inplace else y
 
     return rotate(q), None if k is None else rotate(k)
@@ -160,17 +155,15 @@ def rope_pytorch(
     q: Tensor, k: Tensor, seq_len: int | None = None, theta: float = 10000.0, *, interleaved: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Twin of rope_triton: each pair is a complex number, multiplied by exp(i * angle)."""
-    S, D = q.shape[1], q.shape[-1]
-    inv_freq, _ = _frequencies(S, D, theta, None, q.device)
-    angles = torch.outer(torch.arange(S, dtype=torch.float64, device=q.device), inv_freq)[:, None]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    (turn,) = _on_mesh_of(q, torch.complex(angles.cos().to(wide), angles.sin().to(wide)))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = build_rope_cache(q.shape[1], q.shape[-1], theta, device=q.device, dtype=wide)
+    (turns,) = _on_mesh_of(q, torch.complex(cos, sin)[:, None])
 
-    def rotate(x):
-        y = torch.complex(*(t.to(wide) for t in _split(x, interleaved))) * turn
-        return _merge(y.real, y.imag, interleaved).to(x.dtype)
+    def turn(x0, x1):
+        y = torch.complex(x0, x1) * turns
+        return y.real, y.imag
 
-    return rotate(q), rotate(k)
+    return _turn(q, interleaved, turn), _turn(k, interleaved, turn)
 
 
 if triton is not None:
@@ -192,8 +185,7 @@ if triton is not None:
         sin = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
         cos = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
         odd = (quarter & 1) == 1
-        c = tl.where(odd, sin, cos)
-        s = tl.where(odd, cos, sin)
+        c, s = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
         return tl.where(((quarter + 1) & 2) == 2, -c, c), tl.where((quarter & 2) == 2, -s, s)
 
     # Strides are left to be specialised (loads of 16 bytes need to know that they are multiples of 16), counts are not;
@@ -232,13 +224,12 @@ if triton is not None:
         else:
             y_ptr += ((b * S + s) * H + h) * D
         mask = (token < tokens) & (h < H)
-        pairs = tl.arange(0, HALF)[None, None, :]
-        cols = tl.arange(0, 2 * HALF)[None, None, :]
+        pairs, cols = tl.arange(0, HALF)[None, None, :], tl.arange(0, 2 * HALF)[None, None, :]
+        mask_pairs, mask_cols = mask & (pairs < R // 2), mask & (cols < R)
         if INTERLEAVED:  # a row is read as it lies and taken apart in registers: loads stay 16 bytes wide
-            x0, x1 = tl.split(tl.reshape(tl.load(x_ptr + cols, mask & (cols < R)), (BLOCK_H, BLOCK_T, HALF, 2)))
+            x0, x1 = tl.split(tl.reshape(tl.load(x_ptr + cols, mask_cols), (BLOCK_H, BLOCK_T, HALF, 2)))
         else:
-            x0 = tl.load(x_ptr + pairs, mask & (pairs < R // 2))
-            x1 = tl.load(x_ptr + R // 2 + pairs, mask & (pairs < R // 2))
+            x0, x1 = tl.load(x_ptr + pairs, mask_pairs), tl.load(x_ptr + R // 2 + pairs, mask_pairs)
         if REST > 0:  # the part that is not rotated
             rest = R + tl.arange(0, REST)[None, None, :]
             passed = tl.load(x_ptr + rest, mask & (rest < D))
@@ -261,10 +252,10 @@ if triton is not None:
         # Which product goes into the fused multiply-add is the compiler's choice, and may change with the strides
         y0, y1 = tl.fma(x0, cos, -(x1 * sin)), tl.fma(x1, cos, x0 * sin)
         if INTERLEAVED:
-            tl.store(y_ptr + cols, tl.reshape(tl.join(y0, y1), (BLOCK_H, BLOCK_T, 2 * HALF)), mask & (cols < R))
+            tl.store(y_ptr + cols, tl.reshape(tl.join(y0, y1), (BLOCK_H, BLOCK_T, 2 * HALF)), mask_cols)
         else:
-            tl.store(y_ptr + pairs, y0, mask & (pairs < R // 2))
-            tl.store(y_ptr + R // 2 + pairs, y1, mask & (pairs < R // 2))
+            tl.store(y_ptr + pairs, y0, mask_pairs)
+            tl.store(y_ptr + R // 2 + pairs, y1, mask_pairs)
         if REST > 0:
             tl.store(y_ptr + rest, passed, mask & (rest < D))
 
@@ -284,37 +275,38 @@ def _kernel_serves(*tensors) -> bool:
 
 def _tile(D, angles):
     """Tokens and heads of a program, which is one warp."""
-    # 8 heads of 128 share a token's tables: 84.9 us at 16384 tokens of 40 heads, 16 heads and 2 warps 85.1, 4 heads 101,
-    # a plain copy 81.3. With angles, which cost more to share, 16 heads: 83.9 us; 8 heads of 4 tokens 99
+    # 8 heads of 128 share a token's tables: 84.4 us at 16384 tokens of 40 heads, 16 heads and 2 warps 84.9, 4 heads
+    # 101, a plain copy 81.3. With angles, which cost more to share, 16 heads: 82.4 us; 8 heads of 4 tokens 99
     half = 1 << (D // 2 - 1).bit_length()
     BLOCK_H = min(max((1024 if angles else 512) // half, 1), 16)
     return max(512 // (half * BLOCK_H), 1), BLOCK_H
 
 
+def _dense_like(x, OUT):
+    if x is None or OUT == "inplace":
+        return x
+    if OUT == "bhsd":
+        return _dense_like(x.transpose(-3, -2), "bshd").transpose(-3, -2)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of new_empty
+
+
 def _launch(q, k, cos, sin, position_ids, R, interleaved, theta=None, negate=False, inplace=False):
     """q and k, one of which may be None, rotated by tables, or (cos None) by theta's angles."""
+    options = cos, sin, position_ids, R, interleaved, theta, negate, inplace
     if q is None:
-        return _launch(k, None, cos, sin, position_ids, R, interleaved, theta, negate, inplace)[::-1]
+        return _launch(k, None, *options)[::-1]
+    if q.is_cuda and not torch.compiler.is_compiling() and q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):  # Triton launches on the current device, not on q's
+            return _launch(q, k, *options)
     S, Hq, D = q.shape[-3:]
-    stride_qs, stride_qh, stride_qd = q.stride()[-3:]
-    Hk, stride_ks, stride_kh, stride_kd = (0, 0, 0, 1) if k is None else (k.shape[-2], *k.stride()[-3:])
+    B, Hk = q.shape[0] if q.dim() == 4 else 1, 0 if k is None else k.shape[-2]
+    stride_qb, stride_qs, stride_qh, stride_qd = (0, *q.stride())[-4:]
+    stride_kb, stride_ks, stride_kh, stride_kd = (0, 0, 0, 1) if k is None else (0, *k.stride())[-4:]
     if stride_qd != 1 or stride_kd != 1:  # the one case that costs a copy
-        dense = [None if t is None else t.contiguous() for t in (q, k)]
-        out = _launch(*dense, cos, sin, position_ids, R, interleaved, theta, negate, inplace)
+        out = _launch(*(None if t is None else t.contiguous() for t in (q, k)), *options)
         return tuple(None if t is None else t.copy_(o) for t, o in zip((q, k), out)) if inplace else out
-    B, stride_qb, stride_kb = 1, 0, 0
-    if q.dim() == 4:
-        B, stride_qb, stride_kb = q.shape[0], q.stride(0), 0 if k is None else k.stride(0)
-    if inplace:
-        OUT, q_out, k_out = "inplace", q, k
-    elif stride_qh > stride_qs:
-        shape = q.shape[:-3]
-        OUT, q_out = "bhsd", q.new_empty((*shape, Hq, S, D)).transpose(-3, -2)
-        k_out = None if k is None else k.new_empty((*shape, Hk, S, D)).transpose(-3, -2)
-    else:  # half the host's time of new_empty
-        OUT, dense = "bshd", torch.contiguous_format
-        q_out = torch.empty_like(q, memory_format=dense)
-        k_out = None if k is None else torch.empty_like(k, memory_format=dense)
+    OUT = "inplace" if inplace else "bhsd" if stride_qh > stride_qs else "bshd"
+    q_out, k_out = _dense_like(q, OUT), _dense_like(k, OUT)
     rows = stride_cb = stride_cs = stride_pb = ratio = 0
     if cos is None:
         ratio = min(round(theta ** (-2 / R) * 2**64), 2**64 - 1)
@@ -350,12 +342,9 @@ class _RoPE(torch.autograd.Function):
         ctx.options = R, interleaved, theta
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # an output that nothing uses costs no launch
-        q_out, k_out = _launch(q, k, cos, sin, position_ids, R, interleaved, theta)
-        if not q.requires_grad:
-            ctx.mark_non_differentiable(q_out)
-        if k is not None and not k.requires_grad:
-            ctx.mark_non_differentiable(k_out)
-        return q_out, k_out
+        outs = _launch(q, k, cos, sin, position_ids, R, interleaved, theta)
+        ctx.mark_non_differentiable(*(y for x, y in zip((q, k), outs) if y is not None and not x.requires_grad))
+        return outs
 
     @staticmethod
     @once_differentiable
@@ -368,19 +357,15 @@ class _RoPE(torch.autograd.Function):
 
 
 def _check_qk(q, k, dims):
-    for name, t in (("q", q), ("k", k)):
-        if t is None:
-            continue
-        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t.dim() not in dims:
-            forms = "(B, S, H, D) or (S, H, D)" if 3 in dims else "(B, S, H, D)"
-            raise ValueError(f"{name} must be {forms}, got shape {tuple(t.shape)}")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if q.dim() not in dims:
+        forms = "(B, S, H, D) or (S, H, D)" if 3 in dims else "(B, S, H, D)"
+        raise ValueError(f"q must be {forms}, got shape {tuple(q.shape)}")
     if k is None:
         return
-    q_shape, k_shape = q.shape, k.shape
-    if k_shape[:-2] != q_shape[:-2] or k_shape[-1] != q_shape[-1]:
-        raise ValueError(f"k must have q's shape {tuple(q_shape)} but for the heads, got {tuple(k_shape)}")
+    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}")
     if k.dtype != q.dtype:
         raise TypeError(f"k must have q's dtype {q.dtype}, got {k.dtype}")
     if k.device != q.device:
@@ -391,9 +376,7 @@ def _check_tables(q, cos, sin, position_ids, rotary_dim):
     """Returns R."""
     B, S, D = q.shape[0] if q.dim() == 4 else 1, q.shape[-3], q.shape[-1]
     for name, t in (("cos", cos), ("sin", sin), ("position_ids", position_ids)):
-        if t is None:
-            continue
-        if t.device != q.device:
+        if t is not None and t.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
         if t is not position_ids and not t.is_floating_point():
             raise TypeError(f"{name} must be a float tensor, got {t.dtype}")
@@ -408,8 +391,7 @@ def _check_tables(q, cos, sin, position_ids, rotary_dim):
     if width != R and (2 * width != R or dims == 4):
         raise ValueError(f"cos must be {'' if dims == 4 else f'{R // 2} or '}{R} wide for rotary_dim {R}, got {width}")
     if position_ids is None:
-        rows = shape[0 if dims == 2 else 1]
-        if rows < S:
+        if (rows := shape[0 if dims == 2 else 1]) < S:
             raise ValueError(f"cos must have at least {S} rows, one for each position of q, got {rows}")
         return R
     if position_ids.dtype not in (torch.int32, torch.int64):
@@ -431,10 +413,10 @@ def apply_rope(
     Args:
         q: (B, S, Hq, D) or (S, Hq, D), float16, bfloat16 or float32, any strides
         k: q's shape with its own number of heads, or None: the result is (q, None)
-        cos, sin: (S, R/2) or (B, S, R/2); or R wide, the halves repeated (only the first is read), (1, S, 1, R) among
-            them; any float dtype; more than S rows serve the positions 0 to S - 1
-        position_ids: (S,) or (B, S), int32 or int64: the rows of two-dimensional tables to use. A position outside the
-            tables gives NaN in the rotated part of its row
+        cos, sin: any float dtype, (S, R/2) or (B, S, R/2), or R wide, the halves repeated (only the first is read),
+            (1, S, 1, R) among them; more than S rows serve the positions 0 to S - 1
+        position_ids: (S,) or (B, S), int32 or int64: the rows of two-dimensional tables to use; outside the tables the
+            rotated part is NaN
         rotary_dim: R; without it a table W wide is R/2 wide where 2 * W <= D, else R. Columns R to D pass through
         inplace: overwrite q and k, and return them
 
@@ -455,11 +437,6 @@ def apply_rope(
         return rope_torch(
             q, k, cos, sin, interleaved=interleaved, position_ids=position_ids, rotary_dim=R, inplace=inplace
         )
-    if q.is_cuda and not torch.compiler.is_compiling() and q.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(q.device):  # Triton launches on the current device, not on q's
-            return apply_rope(
-                q, k, cos, sin, interleaved=interleaved, position_ids=position_ids, rotary_dim=R, inplace=inplace
-            )
     if gradients and (q.requires_grad or (k is not None and k.requires_grad)):
         return _RoPE.apply(q, k, cos, sin, position_ids, R, interleaved, None)
     return _launch(q, k, cos, sin, position_ids, R, interleaved, inplace=inplace)
@@ -467,12 +444,10 @@ def apply_rope(
 
 def apply_rotary_pos_emb(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Drop-in for the function of that name in Hugging Face's modeling files; float32 inside, where theirs rounds often.
+) -> tuple[Tensor, Tensor]:
+    """Drop-in for the function of that name in Hugging Face's modeling files, but for the one rounding at the end.
 
-    Args:
-        q, k: (B, H, S, D), or with unsqueeze_dim=2 (B, S, H, D)
-        cos, sin: (B, S, R) or (1, S, R), halves repeated
+    q, k: (B, H, S, D), or with unsqueeze_dim=2 (B, S, H, D); cos, sin: (B, S, R) or (1, S, R), halves repeated.
     """
     if unsqueeze_dim not in (1, 2):
         raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
@@ -501,9 +476,6 @@ def rope_triton(
         raise ValueError(f"theta must be at least 1, got {theta}")
     if not q.numel() or not _kernel_serves(q, k):
         return rope_pytorch(q, k, seq_len, theta, interleaved=interleaved)
-    if q.is_cuda and not torch.compiler.is_compiling() and q.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            return rope_triton(q, k, seq_len, theta, interleaved=interleaved)
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
         return _RoPE.apply(q, k, None, None, None, q.shape[-1], interleaved, float(theta))
     return _launch(q, k, None, None, None, q.shape[-1], interleaved, float(theta))
@@ -513,8 +485,8 @@ class RotaryEmbedding(nn.Module):
     """rope(q, k, seq_len=None, position_ids=None): apply_rope with tables that grow with the calls, in powers of two.
 
     The tables are float32 whatever .to(dtype) says, follow q's device and are no part of state_dict. With position_ids,
-    seq_len is the length of the cache, or whatever bounds them: nothing on the device is looked at. With dynamic scaling
-    the frequencies are those of the tables' length, and the unscaled ones again once a call fits in max_seq_len.
+    seq_len is the length of the cache, or whatever bounds them: nothing on the device is looked at. With dynamic
+    scaling the frequencies are those of the tables' length, and the unscaled ones once a call fits in max_seq_len.
     """
 
     def __init__(
@@ -551,7 +523,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class RoPEAttention(nn.Module):
-    """Self-attention with RoPE on PyTorch's scaled_dot_product_attention, x (B, S, d_model); mask and is_causal as there.
+    """Self-attention of x (B, S, d_model) with RoPE; mask and is_causal as in PyTorch's scaled_dot_product_attention.
 
     A Hugging Face Llama attention's state_dict loads into it. Dropout acts in training alone.
     """
