@@ -1,15 +1,15 @@
 """SwiGLU and its relatives: act(gate) * up, elementwise (swiglu_fused) and as one product (fused_gated_mlp).
 
-    swiglu_fused:     out = act(gate) * up                               gate, up (..., I), or both packed as (..., 2 * I)
-    fused_gated_mlp:  out = act(x @ gate_weight.T) * (x @ up_weight.T)   x (..., K), weights (I, K), or packed as (2 * I, K)
+    swiglu_fused:     act(gate) * up                               gate, up (..., I), or packed (..., 2 * I)
+    fused_gated_mlp:  act(x @ gate_weight.T) * (x @ up_weight.T)   x (..., K), weights (I, K), or packed (2 * I, K)
 
-act is silu (x * sigmoid(x)), gelu (x * Phi(x)) or gelu_tanh (its tanh approximation). Weights are (I, K) as in nn.Linear.
+act is silu (x * sigmoid(x)), gelu (x * Phi(x)) or gelu_tanh (its tanh approximation). Weights lie as in nn.Linear.
 
-Cost. Elementwise: memory-bound, 3 * itemsize bytes an element forward (5 backward: gate, up, dout in, two gradients out).
-Gated product: 4 * M * I * K operations and (2 * I * K + M * K + M * I) * itemsize bytes: bound by the weights' bytes up to some
-200 rows of x on an H200, by the tensor cores from there on. Neither product ever reaches memory, nor is x read twice.
-Numerics. float32 inside, products included (IEEE, no TF32), and one rounding, at the end. Under autograd the gated product
-keeps gate and up for the backward pass, rounded to x.dtype as two nn.Linear would leave them.
+Cost. Elementwise: memory-bound, 3 * itemsize bytes an element forward, 5 backward. Gated product: 4 * M * I * K
+operations and (2 * I * K + M * K + M * I) * itemsize bytes: bound by the weights' bytes up to some 200 rows of x on an
+H200, by the tensor cores from there on. Neither product reaches memory (but see _gated_mlp_tma), nor is x read twice.
+Numerics. float32 inside, products included (IEEE, no TF32), and one rounding, at the end. Under autograd the gated
+product keeps gate and up for the backward pass, rounded to x.dtype as two nn.Linear would leave them.
 Source: Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202
 """
 
@@ -31,11 +31,7 @@ except ImportError:  # no Triton on this platform: the twins serve every call
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-_ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 def _upcast(t):
@@ -49,7 +45,9 @@ def swiglu_torch(gate: Tensor, up: Tensor | None = None, activation: str = "silu
     return (_ACTIVATIONS[activation](_upcast(gate)) * _upcast(up)).to(gate.dtype)
 
 
-def gated_mlp_torch(x: Tensor, gate_weight: Tensor, up_weight: Tensor | None = None, activation: str = "silu") -> Tensor:
+def gated_mlp_torch(
+    x: Tensor, gate_weight: Tensor, up_weight: Tensor | None = None, activation: str = "silu"
+) -> Tensor:
     """Twin of fused_gated_mlp."""
     if up_weight is None:
         gate_weight, up_weight = gate_weight.chunk(2)
@@ -68,8 +66,7 @@ if triton is not None:
             y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
         else:  # x * sigmoid(z); gelu_tanh by (1 + tanh(u)) / 2 = sigmoid(2 * u)
             z = x if ACT == "silu" else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-            # Correctly rounded, the error in float32 is PyTorch's own instead of 1.11 times as large; 16 bits would only pay
-            # 7 % of their time for it
+            # Correctly rounded, float32's error is PyTorch's own, not 1.11 times it; 16 bits would only pay 7 % for it
             y = tl.div_rn(x, 1 + tl.exp(-z)) if EXACT else x / (1 + tl.exp(-z))
         return y
 
@@ -84,7 +81,7 @@ if triton is not None:
             y = x * phi
             dy = phi + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
         else:
-            z = tl.minimum(tl.maximum(x, -20.0), 20.0)  # beyond, s is 0 or 1, and x * x would make 0 * inf = NaN of a huge x
+            z = tl.minimum(tl.maximum(x, -20.0), 20.0)  # beyond, s is 0 or 1, and a huge x would make 0 * inf = NaN
             e = tl.exp(-1.5957691216057308 * tl.abs(z + 0.044715 * z * z * z))
             q = 1 / (1 + e)  # s * (1 - s) = e * q * q without the cancellation of 1 - s
             s = tl.where(z > 0, q, e * q)
@@ -150,6 +147,14 @@ if triton is not None:
             tl.store(pre_ptr + offs_i, gate, mask_i)
             tl.store(pre_ptr + I + offs_i, up, mask_i)
 
+    @triton.jit
+    def _add_product(total, rest, a, b):
+        """total + a @ b in IEEE float32; what the addition loses, the rest, starts the next step's product (Kahan)."""
+        # One chain of additions down the whole of K is up to nine times as far off as cuBLAS (K = 4099)
+        step = tl.dot(a.to(tl.float32), b.to(tl.float32), rest, input_precision="ieee")
+        new = total + step
+        return new, tl.where(tl.abs(new) < float("inf"), step - (new - total), 0.0)  # an infinite sum has no rest
+
     @triton.jit(do_not_specialize=["M"])
     def _gated_mlp_kernel(
         x_ptr, gate_w_ptr, up_w_ptr, out_ptr, pre_ptr,  # pre: None, or (2, M, I)
@@ -165,27 +170,18 @@ if triton is not None:
         x_ptrs = x_ptr + offs_m[None, :] * stride_xm + offs_k[:, None]
         gate_ptrs = gate_w_ptr + offs_i[:, None] * stride_gi + offs_k[None, :]
         up_ptrs = up_w_ptr + offs_i[:, None] * stride_ui + offs_k[None, :]
-        gate = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
-        up = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
-        gate_rest = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
-        up_rest = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
+        zeros = tl.zeros((BLOCK_I, BLOCK_M), tl.float32)
+        gate, gate_rest, up, up_rest = zeros, zeros, zeros, zeros
         for k in range(0, K, BLOCK_K):
             mask_k = offs_k < K - k
             x = tl.load(x_ptrs + k, mask_m & mask_k[:, None], 0.0)
             gate_w = tl.load(gate_ptrs + k, mask_i & mask_k[None, :], 0.0)
             up_w = tl.load(up_ptrs + k, mask_i & mask_k[None, :], 0.0)
             if IEEE:  # float32, and 16 bits where the tensor cores are older than Triton's support (sm_75)
-                # What a step's sum loses in the addition starts the next step's (Kahan): one chain of additions down
-                # the whole of K is up to nine times as far off as cuBLAS (K = 4099). An infinite sum has no rest
-                gate_step = tl.dot(gate_w.to(tl.float32), x.to(tl.float32), gate_rest, input_precision="ieee")
-                up_step = tl.dot(up_w.to(tl.float32), x.to(tl.float32), up_rest, input_precision="ieee")
-                gate_sum, up_sum = gate + gate_step, up + up_step
-                gate_rest = tl.where(tl.abs(gate_sum) < float("inf"), gate_step - (gate_sum - gate), 0.0)
-                up_rest = tl.where(tl.abs(up_sum) < float("inf"), up_step - (up_sum - up), 0.0)
-                gate, up = gate_sum, up_sum
+                gate, gate_rest = _add_product(gate, gate_rest, gate_w, x)
+                up, up_rest = _add_product(up, up_rest, up_w, x)
             else:
-                gate = tl.dot(gate_w, x, gate)
-                up = tl.dot(up_w, x, up)
+                gate, up = tl.dot(gate_w, x, gate), tl.dot(up_w, x, up)
         offs_out = offs_m[None, :] * I + offs_i[:, None]
         tl.store(out_ptr + offs_out, _act(gate, ACT) * up, mask_m & mask_i)
         if pre_ptr is not None:
@@ -237,17 +233,20 @@ def _kernel_serves(*tensors) -> bool:
 
 
 def _rows(t):
-    """t as a matrix whose columns are adjacent: a view wherever the strides allow one."""
+    """t itself where it is contiguous (a reshape costs a microsecond), else a matrix whose columns are adjacent."""
+    if t.is_contiguous():
+        return t
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _extent(*tensors):
-    """Rows, columns and row strides. Contiguous tensors are one long row: whatever I is, no row's end cuts a block short."""
+    """Rows, columns and row strides. Contiguous tensors are one long row: whatever I is, no row's end cuts a block."""
+    n = tensors[0].numel()
     for t in tensors:
         if not t.is_contiguous():
-            return *tensors[0].shape, [t.stride(0) for t in tensors]
-    n = tensors[0].numel()
+            I = tensors[0].shape[-1]
+            return n // I, I, [t.stride(-2) for t in tensors]
     return 1, n, [n] * len(tensors)
 
 
@@ -256,26 +255,27 @@ def _extent(*tensors):
 _BLOCK = 1024
 
 
-def _swiglu_forward(gate, up, activation):
-    """gate and up contiguous or matrices; without up a packed matrix."""
+def _swiglu_forward(gate, up, activation, out=None):
+    """gate and up as _rows leaves them; without up packed."""
     if up is None:
-        gate, up = gate.chunk(2, dim=1)
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)  # half the host's time of new_empty
+        gate, up = gate.chunk(2, dim=-1)
+    if out is None:
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)  # half the host's time of new_empty
     M, I, strides = _extent(gate, up, out)
     _swiglu_fwd_kernel[(M * -(-I // _BLOCK),)](gate, up, out, *strides, I, activation, _BLOCK, num_warps=4)
     return out
 
 
 def _swiglu_backward(dout, gate, up, dgate, dup, activation):
-    """Writes dgate and dup, one of which may be None; the two share their row stride. A dgate twice as wide as gate takes
-    both: torch.compile would copy each half of it in and out of a kernel that takes them apart."""
+    """Writes dgate and dup, one of which may be None. A dgate twice as wide as gate takes both: torch.compile would
+    copy each half of it in and out of a kernel that takes them apart."""
     packed = dgate is not None and dgate.numel() == 2 * gate.numel()
-    M, I, strides = _extent(dout, gate, up, dup if dgate is None else dgate)
-    if packed:
-        M, I = gate.shape
-        strides = [dout.stride(0), gate.stride(0), up.stride(0), 2 * I]
-    grid = (M * -(-I // _BLOCK),)
-    _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, *strides, I, activation, packed, _BLOCK, num_warps=4)
+    like = dup if dgate is None else dgate.chunk(2, dim=-1)[0] if packed else dgate
+    M, I, strides = _extent(dout, gate, up, like)
+    # more arithmetic for each byte wants longer blocks: 816 us instead of 833 at 16384 x 21504
+    block = 2 * _BLOCK if activation == "gelu_tanh" else _BLOCK
+    grid = (M * -(-I // block),)
+    _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, *strides, I, activation, packed, block, num_warps=4)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -289,26 +289,25 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         gate, up = ctx.saved_tensors
-        dout = _rows(dout) if up is None or not (gate.is_contiguous() and up.is_contiguous()) else dout.contiguous()
-        if up is None:  # one gradient for the packed pair, as it came
-            dgate, dup = gate.new_empty(gate.shape), None
-            _swiglu_backward(dout, *gate.chunk(2, dim=1), dgate, None, ctx.activation)
-        else:
-            dgate, dup = (gate.new_empty(gate.shape) if needed else None for needed in ctx.needs_input_grad[:2])
-            _swiglu_backward(dout, gate, up, dgate, dup, ctx.activation)
+        dgate, dup = (gate.new_empty(gate.shape) if needed else None for needed in ctx.needs_input_grad[:2])
+        if up is None:
+            gate, up = gate.chunk(2, dim=-1)
+        _swiglu_backward(_rows(dout), gate, up, dgate, dup, ctx.activation)
         return dgate, dup, None
 
 
-def _check_tensor(name, t, like=None):
-    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-    if like is not None and t.device != like[1].device:
-        raise ValueError(f"{name} must be on {like[0]}'s device {like[1].device}, got {t.device}")
-
-
-def _check_activation(activation):
+def _check(activation, **tensors):
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    like = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        like = like or (name, t.device)
+        if t.device != like[1]:
+            raise ValueError(f"{name} must be on {like[0]}'s device {like[1]}, got {t.device}")
 
 
 def swiglu_fused(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
@@ -319,38 +318,32 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, activation: str = "silu
         up: gate's shape and dtype
         activation: "silu", "gelu" (erf) or "gelu_tanh"
 
-    Raises: ValueError for shapes or devices that differ, an odd packed width, an unknown activation; TypeError for dtypes.
+    Raises: ValueError for shapes or devices that differ, an odd packed width, an activation; TypeError for dtypes.
     """
-    _check_activation(activation)
-    _check_tensor("gate", gate)
-    if up is None:
-        if gate.dim() == 0 or gate.shape[-1] % 2:
-            raise ValueError(f"gate without up must be packed as (..., 2 * I), got shape {tuple(gate.shape)}")
-    else:
-        _check_tensor("up", up, ("gate", gate))
-        if up.shape != gate.shape:
-            raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-        if up.dtype != gate.dtype:
-            raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
+    _check(activation, gate=gate, up=up)
+    if up is None and (gate.dim() == 0 or gate.shape[-1] % 2):
+        raise ValueError(f"gate without up must be packed as (..., 2 * I), got shape {tuple(gate.shape)}")
+    if up is not None and up.shape != gate.shape:
+        raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
+    if up is not None and up.dtype != gate.dtype:
+        raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
     if not gate.numel() or not _kernel_serves(gate, up):
         return swiglu_torch(gate, up, activation)
     if gate.is_cuda and not torch.compiler.is_compiling() and gate.get_device() != torch.cuda.current_device():
         with torch.cuda.device(gate.device):  # Triton launches on the current device, not on gate's
             return swiglu_fused(gate, up, activation)
 
-    shape = None
-    if up is None or not (gate.is_contiguous() and up.is_contiguous()):
-        shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
-        gate, up = _rows(gate), None if up is None else _rows(up)
+    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
+    gate, up = _rows(gate), None if up is None else _rows(up)
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
         out = _SwiGLU.apply(gate, up, activation)
     else:
         out = _swiglu_forward(gate, up, activation)
-    return out if shape is None else out.view(shape)
+    return out if out.shape == shape else out.view(shape)
 
 
 def _descriptors_serve(*tensors) -> bool:
-    """True where TMA can read and write these matrices: 16 bits, Hopper or sm_100, rows that start at multiples of 16 bytes."""
+    """True where TMA serves these matrices: 16 bits, Hopper or sm_100, rows that start at multiples of 16 bytes."""
     device = tensors[0].device
     if not _INTERPRET and (
         device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (9, 10)
@@ -372,20 +365,20 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
     out = x.new_empty(M, I, dtype=dtype)
     pre = x.new_empty(2, M, I) if save else None
     if M > 1 and _descriptors_serve(x, gate_weight, up_weight, out):
-        # One descriptor spans both weights, however far apart they lie. A traced call can't ask how far: there a copy
+        compiling = torch.compiler.is_compiling()
+        # One descriptor spans both weights, however far apart they lie, which a compiled call can't ask: there a copy
         # (115 us at 4096 x 14336) pays from some 1000 rows on, and below them the kernel without descriptors serves
-        if up_weight is not None and torch.compiler.is_compiling() and M > 1024:
+        if up_weight is not None and compiling and M > 1024:
             gate_weight, up_weight = torch.cat((gate_weight, up_weight)), None
-        if up_weight is None or (not torch.compiler.is_compiling() and gate_weight.stride() == up_weight.stride()):
+        if up_weight is None or (not compiling and gate_weight.stride() == up_weight.stride()):
             _gated_mlp_tma(x, gate_weight, up_weight, out, pre, activation)
             return out, pre
     if up_weight is None:
         gate_weight, up_weight = gate_weight.chunk(2)
-    if M == 1:
-        BLOCK_I, BLOCK_K = 1, 1024  # as fast as longer steps at K = 4096 (61.6 us), and K = 2560 fills the steps better
-        _gated_row_kernel[(triton.cdiv(I, BLOCK_I),)](
+    if M == 1:  # steps of 1024 are as fast as longer ones at K = 4096 (61.6 us), and K = 2560 fills them better
+        _gated_row_kernel[(I,)](
             x, gate_weight, up_weight, out, pre, gate_weight.stride(0), up_weight.stride(0), I, K,
-            activation, BLOCK_I, BLOCK_K, num_warps=4
+            activation, 1, 1024, num_warps=4
         )  # fmt: skip
         return out, pre
     old = x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0)
@@ -404,31 +397,50 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
 
 
 def _gated_mlp_tma(x, gate_weight, up_weight, out, pre, activation):
-    (M, K), I = x.shape, out.shape[1]
-    # H200, 4096 x 14336 bf16, us beside torch.compile's (separate or packed weights, the faster): M = 16 66 (70), 64 67 (70),
-    # 128 71 (74), 256 97 (97), 512 177 (167), 1000 304 (320), 2048 614 (647), 8192 2699 (2849); it falls short where M leaves
-    # most of a row of tiles or of a wave empty: 200 96 (83)
+    # H200, 4096 x 14336 bf16, us beside torch.compile's (separate or packed weights, the faster): M = 16 66 (70), 64 67
+    # (70), 128 71 (74), 256 97 (97), 512 162 (167), 1000 304 (320), 2048 614 (647), 8192 2699 (2849)
+    (M, K), I, end = x.shape, out.shape[1], out.shape[1]
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    if M > 64 and not torch.compiler.is_compiling():  # compiled calls, whose M may be a symbol, do without
+        tiles_m, tiles_i = triton.cdiv(M, 128), triton.cdiv(I, 128)
+        waves, last = divmod(tiles_m * tiles_i, processors)
+        if 0 < 2 * last <= processors:  # these go as tiles half as wide: 162 us instead of 177 at M = 512
+            end = waves * processors // tiles_m * 128
+        # Where rows past M and the last wave leave a fifth of the tensor cores idle, cuBLAS has tiles that fit: 82 us
+        # instead of 99 at M = 136, 89 instead of 97 at 200, 120 instead of 137 at 300
+        places = (waves + (0.5 if end < I else last > 0)) * processors * 128 * 128
+        if x.is_cuda and 128 < M <= 384 and M * I < 0.8 * places:
+            if up_weight is None:
+                gate, up = torch.mm(x, gate_weight.T, out_dtype=torch.float32).chunk(2, dim=1)
+            else:
+                gate, up = (torch.mm(x, w.T, out_dtype=torch.float32) for w in (gate_weight, up_weight))
+            _swiglu_forward(gate, up, activation, out)
+            if pre is not None:
+                pre[0], pre[1] = gate, up
+            return
     if M <= 64:  # the weights' bytes: many small programs
-        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = (16, 32, 128, 4, 3) if M <= 16 else (64, 64, 64, 4, 3)
-    else:  # 128 x 256 with both weights: what the tensor cores like best; pre's tiles take the fourth stage's memory
-        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = 128, 128, 64, 8, 4 if pre is None else 3
-    box = [2, BLOCK_I, BLOCK_K]
-    if up_weight is None:
-        first, weights = gate_weight, TensorDescriptor.from_tensor(gate_weight.unflatten(0, (2, I)), box)
-    else:
-        first, second = sorted((gate_weight, up_weight), key=Tensor.data_ptr)
-        apart = (second.data_ptr() - first.data_ptr()) // x.element_size()
-        weights = TensorDescriptor(first, [2, I, K], [apart, first.stride(0), 1], box)
-    programs = triton.cdiv(M, BLOCK_M) * triton.cdiv(I, BLOCK_I)
-    if M > 64:  # one to an SM, each walking over tiles
-        programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2)
-    _gated_mlp_tma_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [BLOCK_M, BLOCK_K]),
-        weights,
-        TensorDescriptor.from_tensor(out, [BLOCK_M, BLOCK_I]),
-        None if pre is None else TensorDescriptor.from_tensor(pre, [1, BLOCK_M, BLOCK_I]),
-        M, I, K, activation, first is up_weight, M <= 16, BLOCK_M, BLOCK_I, BLOCK_K, num_warps=warps, num_stages=stages
-    )  # fmt: skip
+        launches = [(0, I, 16, 32, 128, 4, 3) if M <= 16 else (0, I, 64, 64, 64, 4, 3)]
+    else:  # 128 x 256 with both weights: what the tensor cores like best; pre's tiles take a stage's memory or two
+        deep, deeper = (4, 6) if pre is None else (3, 4)
+        launches = [(0, end, 128, 128, 64, 8, deep), (end, I, 128, 64, 64, 8, deeper)]
+    for start, end, BLOCK_M, BLOCK_I, BLOCK_K, warps, stages in launches:
+        if start == end:
+            continue
+        programs = triton.cdiv(M, BLOCK_M) * triton.cdiv(end - start, BLOCK_I)
+        box = [2, BLOCK_I, BLOCK_K]
+        if up_weight is None:
+            first, w = gate_weight, TensorDescriptor.from_tensor(gate_weight.unflatten(0, (2, I))[:, start:end], box)
+        else:
+            first, second = sorted((gate_weight, up_weight), key=Tensor.data_ptr)
+            apart = (second.data_ptr() - first.data_ptr()) // x.element_size()
+            w = TensorDescriptor(first[start:end], [2, end - start, K], [apart, first.stride(0), 1], box)
+        keep = None if pre is None else TensorDescriptor.from_tensor(pre[:, :, start:end], [1, BLOCK_M, BLOCK_I])
+        _gated_mlp_tma_kernel[(programs if M <= 64 else min(programs, processors),)](
+            TensorDescriptor.from_tensor(x, [BLOCK_M, BLOCK_K]), w,
+            TensorDescriptor.from_tensor(out[:, start:end], [BLOCK_M, BLOCK_I]), keep,
+            M, end - start, K, activation, first is up_weight, M <= 16, BLOCK_M, BLOCK_I, BLOCK_K,
+            num_warps=warps, num_stages=stages
+        )  # fmt: skip
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -443,24 +455,14 @@ class _GatedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, gate_weight, up_weight, pre = ctx.saved_tensors
-        M, I = pre.shape[1:]
-        d = x.new_empty(M, 2 * I)
-        dgate, dup = d.chunk(2, dim=1)
+        d = x.new_empty(pre.shape[1], 2 * pre.shape[2])
         _swiglu_backward(_rows(dout), pre[0], pre[1], d, None, ctx.activation)
-        dx = dgate_weight = dup_weight = None
-        if up_weight is None:
-            if ctx.needs_input_grad[0]:
-                dx = d @ gate_weight
-            if ctx.needs_input_grad[1]:
-                dgate_weight = d.T @ x
-        else:
-            if ctx.needs_input_grad[0]:
-                dx = torch.addmm(dgate @ gate_weight, dup, up_weight)
-            if ctx.needs_input_grad[1]:
-                dgate_weight = dgate.T @ x
-            if ctx.needs_input_grad[2]:
-                dup_weight = dup.T @ x
-        return dx, dgate_weight, dup_weight, None, None
+        dgate, dup = (d, None) if up_weight is None else d.chunk(2, dim=1)
+        dx = dgate @ gate_weight if ctx.needs_input_grad[0] else None
+        if dx is not None and dup is not None:
+            dx = torch.addmm(dx, dup, up_weight)
+        weights = (d.T @ x if needed else None for d, needed in zip((dgate, dup), ctx.needs_input_grad[1:3]))
+        return dx, *weights, None, None
 
 
 def fused_gated_mlp(
@@ -476,20 +478,15 @@ def fused_gated_mlp(
 
     Raises: ValueError for shapes or devices that do not fit, an unknown activation; TypeError for dtypes.
     """
-    _check_activation(activation)
-    _check_tensor("x", x)
-    _check_tensor("gate_weight", gate_weight, ("x", x))
+    _check(activation, x=x, gate_weight=gate_weight, up_weight=up_weight)
     if x.dim() == 0:
         raise ValueError("x must have shape (..., K), got ()")
     if gate_weight.dim() != 2 or gate_weight.shape[1] != x.shape[-1]:
         raise ValueError(f"gate_weight must have shape (I, {x.shape[-1]}), got {tuple(gate_weight.shape)}")
-    if up_weight is None:
-        if gate_weight.shape[0] % 2:
-            raise ValueError(f"gate_weight without up_weight must be packed as (2 * I, K), got {tuple(gate_weight.shape)}")
-    else:
-        _check_tensor("up_weight", up_weight, ("x", x))
-        if up_weight.shape != gate_weight.shape:
-            raise ValueError(f"up_weight must have gate_weight's shape {tuple(gate_weight.shape)}, got {tuple(up_weight.shape)}")
+    if up_weight is None and gate_weight.shape[0] % 2:
+        raise ValueError(f"gate_weight alone must be packed as (2 * I, K), got {tuple(gate_weight.shape)}")
+    if up_weight is not None and up_weight.shape != gate_weight.shape:
+        raise ValueError(f"up_weight must have shape {tuple(gate_weight.shape)}, got {tuple(up_weight.shape)}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_weight, up_weight = (t if t is None else t.to(dtype) for t in (x, gate_weight, up_weight))
@@ -504,27 +501,23 @@ def fused_gated_mlp(
 
     shape, dtype = (*x.shape[:-1], gate_weight.shape[0] // (2 if up_weight is None else 1)), x.dtype
     common = torch.promote_types(dtype, gate_weight.dtype)
-    if up_weight is None:
-        weights = (_rows(gate_weight.to(common)), None)
-    else:
-        common = torch.promote_types(common, up_weight.dtype)
-        weights = (_rows(gate_weight.to(common)), _rows(up_weight.to(common)))
-    x = _rows(x.to(common))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
-        return _GatedMLP.apply(x, *weights, activation, dtype).view(shape)
-    return _gated_mlp_forward(x, *weights, activation, dtype, save=False)[0].view(shape)
+    common = common if up_weight is None else torch.promote_types(common, up_weight.dtype)
+    operands = [t if t is None else _rows(t.to(common)) for t in (x.reshape(-1, x.shape[-1]), gate_weight, up_weight)]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        return _GatedMLP.apply(*operands, activation, dtype).view(shape)
+    return _gated_mlp_forward(*operands, activation, dtype, save=False)[0].view(shape)
 
 
 class SwiGLU(nn.Module):
-    """The whole feed-forward block, down_proj(act(gate_proj(x)) * up_proj(x)), with the parameter names of a Hugging Face
-    MLP. The projections are called as the modules they are: hooks, quantised replacements and tensor parallelism fit."""
+    """The whole feed-forward block, down_proj(act(gate_proj(x)) * up_proj(x)), its parameters named as Hugging Face's.
+    The projections are called as the modules they are: hooks, quantised replacements and tensor parallelism fit."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, bias: bool = False, activation: str = "silu", *,
         device=None, dtype=None
     ):  # fmt: skip
         super().__init__()
-        _check_activation(activation)
+        _check(activation)
         self.activation = activation
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype)
@@ -540,11 +533,9 @@ class SwiGLU(nn.Module):
 class FusedGatedMLP(nn.Module):
     """The gated expansion of a feed-forward block, without its down projection: fused_gated_mlp with its weights."""
 
-    def __init__(
-        self, hidden_dim: int, intermediate_dim: int, activation: str = "silu", *, device=None, dtype=None
-    ):
+    def __init__(self, hidden_dim: int, intermediate_dim: int, activation: str = "silu", *, device=None, dtype=None):
         super().__init__()
-        _check_activation(activation)
+        _check(activation)
         self.hidden_dim, self.intermediate_dim, self.activation = hidden_dim, intermediate_dim, activation
         self.gate_weight = nn.Parameter(torch.empty(intermediate_dim, hidden_dim, device=device, dtype=dtype))
         self.up_weight = nn.Parameter(torch.empty(intermediate_dim, hidden_dim, device=device, dtype=dtype))
