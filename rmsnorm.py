@@ -4,7 +4,7 @@
     rmsnorm_residual_fused:  the same of h = x + residual, which it returns on request: what a pre-norm block needs
 
 Cost. Memory-bound: x is read once and y written once, 2 * M * N * itemsize bytes (4 * M * N with the residual and h);
-backward 3 * M * N: x and dy in, dx out. Rows longer than 8192 are read twice, the second time from L1 or L2.
+backward 3 * M * N: x and dy in, dx out. Long rows are read twice, the second time from L1 or L2.
 Numerics. float32 inside, one rounding, at the end. h is rounded to residual's dtype first and then normalised, as in a
 model that adds and then norms. casting="llama" rounds the normalised row to x.dtype before the weight multiplies it.
 Backward: with g = dy * (offset + weight) and xhat = x * rstd, dx = rstd * (g - xhat * mean(g * xhat)); the weight's
@@ -42,17 +42,13 @@ def rmsnorm_residual_torch(
     casting: str = "torch", return_residual: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Twin of rmsnorm_residual_fused."""
-    h = (x.to(_wide(x)) + residual).to(residual.dtype)
+    h = (x.to(torch.promote_types(x.dtype, torch.float32)) + residual).to(residual.dtype)
     y = _normalise(h, weight, eps, offset, casting, x.dtype)
     return (y, h) if return_residual else y
 
 
-def _wide(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _normalise(h, weight, eps, offset, casting, dtype):
-    h = h.to(_wide(h))
+    h = h.to(torch.promote_types(h.dtype, torch.float32))
     y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + _eps(h, eps))
     if casting == "llama":
         y = y.to(dtype).to(h.dtype)
@@ -61,7 +57,7 @@ def _normalise(h, weight, eps, offset, casting, dtype):
 
 def _eps(x, eps):
     # PyTorch's own default: the epsilon of the dtype that the sum is taken in
-    return torch.finfo(_wide(x)).eps if eps is None else eps
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
 
 
 if triton is not None:
@@ -75,57 +71,66 @@ if triton is not None:
         return h
 
     @triton.jit
-    def _load_weight(w_ptr, cols, mask, offset):
+    def _load_weight(w_ptr, cols, mask, offset, BYPASS: tl.constexpr):
         w = 1.0
         if w_ptr is not None:
-            w = tl.load(w_ptr + cols, mask, 0.0, eviction_policy="evict_last").to(tl.float32)
+            CACHE: tl.constexpr = ".cg" if BYPASS else ""
+            POLICY: tl.constexpr = "" if BYPASS else "evict_last"
+            w = tl.load(w_ptr + cols, mask, 0.0, cache_modifier=CACHE, eviction_policy=POLICY).to(tl.float32)
             w += tl.cast(offset, tl.float32)
         return w
 
     @triton.jit
-    def _round(xhat, DTYPE: tl.constexpr, LLAMA: tl.constexpr):
+    def _store_y(y_ptr, at, xhat, w, mask, LLAMA: tl.constexpr, POLICY: tl.constexpr):
         if LLAMA:
-            xhat = xhat.to(DTYPE).to(tl.float32)
-        return xhat
+            xhat = xhat.to(y_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(y_ptr + at, xhat * w, mask, eviction_policy=POLICY)
 
     # M is not specialised: a new number of rows never compiles anew. res, w, h and rstd may be None
     @triton.jit(do_not_specialize=["M"])
     def _rmsnorm_fwd_kernel(
         x_ptr, res_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, stride_xm, stride_rm, M, eps, offset,
-        N: tl.constexpr, LLAMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+        N: tl.constexpr, LLAMA: tl.constexpr, AGAIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     ):  # fmt: skip
         rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         cols = tl.arange(0, BLOCK_N)[None, :]
         x_ptr += rows * stride_xm
+        y_ptr += rows * N
         if res_ptr is not None:
             res_ptr += rows * stride_rm
-        DTYPE: tl.constexpr = y_ptr.dtype.element_ty
         # Of a long row the last block stays in registers, those before it are read again, from L1: fewer registers, so
-        # more rows at a time on a processor. 130 us at 4096x32768 on an H200, where rows held whole take 141
+        # more rows at a time on a processor. 130 us at 4096x32768 on an H200, where rows held whole take 141. Where the
+        # row fills L1, all else keeps out of it: 149 us at 1024x131072, else 172
         LAST: tl.constexpr = (N - 1) // BLOCK_N * BLOCK_N
+        HUGE: tl.constexpr = N >= 4 * BLOCK_N
+        ONCE: tl.constexpr = "evict_first" if HUGE else ""
         squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, LAST, BLOCK_N):
             at = start + cols
             h = _load_sum(x_ptr, res_ptr, at, rows < M, "evict_last")
             if h_ptr is not None:
                 tl.store(h_ptr + rows * N + at, h, rows < M)
-            squares = tl.fma(h, h, squares)  # left to the compiler, which product is rounded may change with the arguments
+            squares = tl.fma(h, h, squares)  # h * h + squares might be rounded otherwise in another variant
         at = LAST + cols
         mask = (rows < M) & (at < N)
-        h = _load_sum(x_ptr, res_ptr, at, mask, "")
-        w = _load_weight(w_ptr, at, at < N, offset)  # before the sum is complete: under way meanwhile
+        h = _load_sum(x_ptr, res_ptr, at, mask, "evict_last" if AGAIN else ONCE)
+        if not AGAIN:
+            w = _load_weight(w_ptr, at, at < N, offset, HUGE)  # before the sum is complete: under way meanwhile
         if h_ptr is not None:
             tl.store(h_ptr + rows * N + at, h, mask)
         squares = tl.sum(tl.fma(h, h, squares), axis=1, keep_dims=True)
         rstd = tl.rsqrt(squares / N + tl.cast(eps, tl.float32))
         if rstd_ptr is not None:
             tl.store(rstd_ptr + rows, rstd, rows < M)
-        tl.store(y_ptr + rows * N + at, _round(h * rstd, DTYPE, LLAMA) * w, mask)
+        if AGAIN:
+            h = _load_sum(x_ptr, res_ptr, at, mask, "evict_first")
+            w = _load_weight(w_ptr, at, at < N, offset, HUGE)
+        _store_y(y_ptr, at, h * rstd, w, mask, LLAMA, ONCE)
         for start in range(0, LAST, BLOCK_N):
             at = start + cols
             h = _load_sum(x_ptr, res_ptr, at, rows < M, "evict_first")
-            w = _load_weight(w_ptr, at, at < N, offset)
-            tl.store(y_ptr + rows * N + at, _round(h * rstd, DTYPE, LLAMA) * w, rows < M)
+            w = _load_weight(w_ptr, at, at < N, offset, HUGE)
+            _store_y(y_ptr, at, h * rstd, w, rows < M, LLAMA, ONCE)
 
     @triton.jit
     def _rmsnorm_mean_kernel(
@@ -139,7 +144,7 @@ if triton is not None:
             cols = start + tl.arange(0, BLOCK_N)
             h = tl.load(h_ptr + row * stride_hm + cols, cols < N, 0.0).to(tl.float32)
             dy = tl.load(dy_ptr + row * stride_dym + cols, cols < N, 0.0).to(tl.float32)
-            sums += h * dy * _load_weight(w_ptr, cols, cols < N, offset)
+            sums += h * dy * _load_weight(w_ptr, cols, cols < N, offset, False)
         tl.store(mean_ptr + row, tl.sum(sums) * tl.load(rstd_ptr + row) / N)
 
     # A program walks over the rows of one block of columns and sums its own row of dw (programs, N). w, mean (where the
@@ -151,8 +156,7 @@ if triton is not None:
     ):  # fmt: skip
         first = tl.program_id(0) % programs
         cols = tl.program_id(0) // programs * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-        w = _load_weight(w_ptr, cols, cols < N, offset)
+        w = _load_weight(w_ptr, cols, cols < N, offset, False)
         dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         # Without the stages a program waits for each row's loads in turn: 266 us at 16384x8192 instead of 199
         for tile in tl.range(first, tl.cdiv(M, BLOCK_M), programs, num_stages=STAGES):
@@ -162,8 +166,8 @@ if triton is not None:
             xhat = tl.load(h_ptr + rows * stride_hm + cols, mask, 0.0).to(tl.float32) * rstd
             dy = tl.load(dy_ptr + rows * stride_dym + cols, mask, 0.0).to(tl.float32)
             if dw_ptr is not None:
-                dw += dy * _round(xhat, DTYPE, LLAMA)
-            if dx_ptr is not None:
+                dw += dy * (xhat.to(dy_ptr.dtype.element_ty).to(tl.float32) if LLAMA else xhat)
+            if dx_ptr is not None or dres_ptr is not None:
                 g = dy * w
                 if mean_ptr is None:
                     mean = tl.sum(g * xhat, axis=1, keep_dims=True) / N
@@ -172,11 +176,22 @@ if triton is not None:
                 dx = rstd * (g - xhat * mean)
                 if dh_ptr is not None:
                     dx += tl.load(dh_ptr + rows * stride_dhm + cols, mask, 0.0).to(tl.float32)
-                tl.store(dx_ptr + rows * N + cols, dx, mask)
+                if dx_ptr is not None:
+                    tl.store(dx_ptr + rows * N + cols, dx, mask)
                 if dres_ptr is not None:
                     tl.store(dres_ptr + rows * N + cols, dx, mask)
         if dw_ptr is not None:
             tl.store(dw_ptr + first.to(tl.int64) * N + cols, tl.sum(dw, axis=0, keep_dims=True), cols < N)
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _sum_kernel(parts_ptr, out_ptr, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """parts (rows, N) summed over its rows."""
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, rows, BLOCK_M):
+            at = start + tl.arange(0, BLOCK_M)[:, None]
+            sums += tl.load(parts_ptr + at.to(tl.int64) * N + cols, (at < rows) & (cols < N), 0.0)
+        tl.store(out_ptr + cols, tl.sum(sums, axis=0, keep_dims=True), cols < N)
 
 
 def _kernel_serves(*tensors) -> bool:
@@ -194,7 +209,7 @@ def _kernel_serves(*tensors) -> bool:
 
 def _rows(t):
     """t itself where it is contiguous (a reshape costs a microsecond), else a matrix whose columns are adjacent."""
-    if t.is_contiguous():
+    if t is None or t.is_contiguous():
         return t
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
@@ -206,6 +221,15 @@ def _stride(t):
 
 def _block(N):
     return 1 << max(N - 1, 15).bit_length()  # the next power of 2, 16 at least
+
+
+def _sum_rows(parts, dtype):
+    """One small launch: PyTorch's sum and cast take 5.5 us for 132x4096 on an H200, this 3.6."""
+    rows, N = parts.shape
+    out = parts.new_empty(N, dtype=dtype)
+    BLOCK_M = 64 if N <= 8192 else 16  # of wide rows there are few
+    _sum_kernel[(-(-N * BLOCK_M // 2048),)](parts, out, rows, N, BLOCK_M, 2048 // BLOCK_M, num_warps=8)
+    return out
 
 
 def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
@@ -223,48 +247,14 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
         BLOCK_N = min(BLOCK_N // (2 if N > BLOCK_N // 4 * 3 else 4), widest)
     num_warps = 4 if N <= 3072 else 8 if N <= 8192 else 16
     BLOCK_M = max(2048 // BLOCK_N, 1)
+    # Of many rows those of 4096 to 8192 are read again, too, with the same bits: 250 us at 65536x4096 (held 260), 128 at
+    # 16384x8192 (130), 254 with the residual (261); but of few rows 9.6 at 2048x4096 (9.2), 2.3 at 8x8192 (1.8)
+    again = 3072 < N <= 8192 and M > 4096
     _rmsnorm_fwd_kernel[(-(-M // BLOCK_M),)](
         x, residual, weight, y, h, rstd, _stride(x), _stride(residual), M, eps, offset,
-        N, casting == "llama", BLOCK_M, BLOCK_N, num_warps=num_warps
+        N, casting == "llama", again, BLOCK_M, BLOCK_N, num_warps=num_warps
     )  # fmt: skip
     return y, h, rstd
-
-
-def _backward(h, weight, rstd, dy, dh, dtypes, offset, casting):
-    """Gradients of x, residual and weight; dtypes holds theirs, None for one that nothing asks for."""
-    N = h.shape[-1]
-    M = h.numel() // N
-    dx_dtype, dres_dtype, dw_dtype = dtypes
-    same = dx_dtype is None or dres_dtype is None or dx_dtype == dres_dtype  # then one tensor serves both
-    dx_dtype = dres_dtype if dx_dtype is None else dx_dtype
-    dx = None if dx_dtype is None else h.new_empty(h.shape, dtype=dx_dtype)
-    dres = None if same else h.new_empty(h.shape, dtype=dres_dtype)
-    # Tiles of 8192 elements, one program an SM, loads two tiles ahead, or three where the mask cuts rows short (71 us
-    # instead of 82 at 16384x2560), as far as shared memory goes
-    BLOCK_N = _block(N) if N <= 8192 else 4096
-    BLOCK_M = 8192 // BLOCK_N
-    processors, room = 4, 0
-    if h.is_cuda:
-        properties = torch.cuda.get_device_properties(h.device)
-        processors, room = properties.multi_processor_count, properties.shared_memory_per_block_optin or 65536
-    stage = 8192 * sum(t.element_size() for t in (h, dy, dh) if t is not None)
-    stages = min(3 + (N % BLOCK_N > 0), max((room - 16384) // stage, 0) + 1)
-    blocks = -(-N // BLOCK_N)
-    programs = min(-(-M // BLOCK_M), max(processors // blocks, 1))
-    mean = None
-    if blocks > 1 and dx is not None:  # 320 us at 4096x32768; sums of dw kept in L2 by programs with whole rows: 526
-        mean = torch.empty_like(rstd)
-        stage = 8192 * sum(t.element_size() for t in (h, dy, weight) if t is not None)
-        _rmsnorm_mean_kernel[(M,)](
-            h, weight, rstd, dy, mean, _stride(h), _stride(dy), N, offset, 8192, min(3, room // stage + 1), num_warps=16
-        )
-    dw = None if dw_dtype is None else h.new_empty(programs, N, dtype=torch.float32)
-    _rmsnorm_bwd_kernel[(programs * blocks,)](
-        h, weight, rstd, mean, dy, dh, dx, dres, dw, _stride(h), _stride(dy), _stride(dh),
-        M, N, programs, offset, casting == "llama", BLOCK_M, BLOCK_N, stages, num_warps=8
-    )  # fmt: skip
-    dw = None if dw is None else dw.sum(0).to(dw_dtype)
-    return None if dtypes[0] is None else dx, None if dtypes[1] is None else dx if same else dres, dw
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -272,27 +262,55 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps, offset, casting):
         y, h, rstd = _forward(x, residual, weight, eps, offset, casting, residual is not None, True)
         ctx.save_for_backward(x if h is None else h, weight, rstd)
-        ctx.options = offset, casting
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight)]
+        ctx.options = offset, casting == "llama"
+        ctx.x_dtype, ctx.mixed = x.dtype, h is not None and h.dtype != x.dtype
         return y if h is None else (y, h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dh=None):
         h, weight, rstd = ctx.saved_tensors
-        dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad)]
-        dh = dh if dh is None else _rows(dh)
-        return *_backward(h, weight, rstd, _rows(dy), dh, dtypes, *ctx.options), None, None, None
+        need_x, need_residual, need_w = ctx.needs_input_grad[:3]
+        dy, dh, (offset, llama) = _rows(dy), _rows(dh), ctx.options
+        N = h.shape[-1]
+        M = h.numel() // N
+        dx = h.new_empty(h.shape, dtype=ctx.x_dtype) if need_x or (need_residual and not ctx.mixed) else None
+        dres = h.new_empty(h.shape) if need_residual and ctx.mixed else None  # else dx serves both
+        # Tiles of 8192 elements, one program an SM, loads two tiles ahead, or three where the mask cuts rows short (71 us
+        # instead of 82 at 16384x2560), as far as shared memory goes
+        BLOCK_N = _block(N) if N <= 8192 else 4096
+        BLOCK_M = 8192 // BLOCK_N
+        processors, room = 4, 0
+        if h.is_cuda:
+            properties = torch.cuda.get_device_properties(h.device)
+            processors, room = properties.multi_processor_count, properties.shared_memory_per_block_optin or 65536
+        stage = 8192 * sum(t.element_size() for t in (h, dy, dh) if t is not None)
+        stages = min(3 + (N % BLOCK_N > 0), max((room - 16384) // stage, 0) + 1)
+        blocks = -(-N // BLOCK_N)
+        programs = min(-(-M // BLOCK_M), max(processors // blocks, 1))
+        mean = None
+        if blocks > 1 and (need_x or need_residual):  # 320 us at 4096x32768; whole rows with sums of dw in L2 526
+            mean = torch.empty_like(rstd)
+            stage = 8192 * sum(t.element_size() for t in (h, dy, weight) if t is not None)
+            _rmsnorm_mean_kernel[(M,)](
+                h, weight, rstd, dy, mean, _stride(h), _stride(dy), N, offset, 8192, min(3, room // stage + 1),
+                num_warps=16
+            )  # fmt: skip
+        dw = h.new_empty(programs, N, dtype=torch.float32) if need_w else None
+        _rmsnorm_bwd_kernel[(programs * blocks,)](
+            h, weight, rstd, mean, dy, dh, dx, dres, dw, _stride(h), _stride(dy), _stride(dh),
+            M, N, programs, offset, llama, BLOCK_M, BLOCK_N, stages, num_warps=8
+        )  # fmt: skip
+        dres = dres if ctx.mixed or not need_residual else dx
+        return dx if need_x else None, dres, _sum_rows(dw, weight.dtype) if need_w else None, None, None, None
 
 
-def _check(x, residual, weight, casting):
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+def _dispatch(x, residual, weight, eps, offset, casting, keep_h):
+    """Both functions, residual None for rmsnorm: (y, h or None)."""
     for name, t in (("x", x), ("residual", residual), ("weight", weight)):
-        if t is None:
-            continue
-        if t.dtype not in floats:
+        if t is not None and t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t.device != x.device:
+        if t is not None and t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
     if x.dim() == 0:
         raise ValueError("x must have shape (..., N), got ()")
@@ -302,13 +320,29 @@ def _check(x, residual, weight, casting):
         raise ValueError(f"weight must have shape ({x.shape[-1]},), got {tuple(weight.shape)}")
     if casting not in ("torch", "llama"):
         raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")
-
-
-def _autocast(x):
-    """x in the dtype that F.rms_norm takes it to where autocast is on (float32 in newer releases, on CUDA)."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        # To the dtype that F.rms_norm takes it to (float32 in newer releases, on CUDA)
         x = x.to(F.rms_norm(x.new_empty(0, 1), (1,)).dtype)
-    return x
+    if not x.numel() or not _kernel_serves(x, residual, weight):
+        if residual is None:
+            return rmsnorm_torch(x, weight, eps, offset=offset, casting=casting), None
+        return rmsnorm_residual_torch(x, residual, weight, eps, offset=offset, casting=casting, return_residual=True)
+    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
+            return _dispatch(x, residual, weight, eps, offset, casting, keep_h)
+    shape, eps, offset = x.shape, float(_eps(x, eps)), float(offset)
+    x, residual = _rows(x), _rows(residual)
+    if residual is not None and x.dim() != residual.dim():
+        x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
+    weight = weight if weight is None else weight.contiguous()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight)):
+        y = _RMSNorm.apply(x, residual, weight, eps, offset, casting)
+        y, h = (y, None) if residual is None else y
+    else:
+        y, h, _ = _forward(x, residual, weight, eps, offset, casting, keep_h, False)
+    if y.dim() != len(shape):
+        y, h = y.view(shape), h if h is None else h.view(shape)
+    return y, h
 
 
 def rmsnorm(
@@ -327,20 +361,7 @@ def rmsnorm(
 
     Raises: ValueError for shapes or devices that do not fit and an unknown casting; TypeError for dtypes.
     """
-    _check(x, None, weight, casting)
-    x = _autocast(x)
-    if not x.numel() or not _kernel_serves(x, weight):
-        return rmsnorm_torch(x, weight, eps, offset=offset, casting=casting)
-    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
-            return rmsnorm(x, weight, eps, offset=offset, casting=casting)
-    shape, x, eps, offset = x.shape, _rows(x), float(_eps(x, eps)), float(offset)
-    weight = weight if weight is None else weight.contiguous()
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        y = _RMSNorm.apply(x, None, weight, eps, offset, casting)
-    else:
-        y = _forward(x, None, weight, eps, offset, casting, False, False)[0]
-    return y if y.dim() == len(shape) else y.view(shape)
+    return _dispatch(x, None, weight, eps, offset, casting, False)[0]
 
 
 def rmsnorm_residual_fused(
@@ -354,28 +375,9 @@ def rmsnorm_residual_fused(
         x, weight, eps, offset, casting: as in rmsnorm; y has x's dtype
         residual: x's shape, any float dtype: a float32 residual stream stays float32
 
-    Raises: ValueError for shapes or devices that do not fit and an unknown casting; TypeError for dtypes.
+    Raises: as rmsnorm.
     """
-    _check(x, residual, weight, casting)
-    x = _autocast(x)
-    options = {"offset": offset, "casting": casting, "return_residual": return_residual}
-    if not x.numel() or not _kernel_serves(x, residual, weight):
-        return rmsnorm_residual_torch(x, residual, weight, eps, **options)
-    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return rmsnorm_residual_fused(x, residual, weight, eps, **options)
-    shape, x, residual, eps, offset = x.shape, _rows(x), _rows(residual), float(_eps(x, eps)), float(offset)
-    if x.dim() != residual.dim():
-        x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
-    weight = weight if weight is None else weight.contiguous()
-    if torch.is_grad_enabled() and (
-        x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
-    ):
-        y, h = _RMSNorm.apply(x, residual, weight, eps, offset, casting)
-    else:
-        y, h, _ = _forward(x, residual, weight, eps, offset, casting, return_residual, False)
-    if y.dim() != len(shape):
-        y, h = y.view(shape), h if h is None else h.view(shape)
+    y, h = _dispatch(x, residual, weight, eps, offset, casting, return_residual)
     return (y, h) if return_residual else y
 
 
