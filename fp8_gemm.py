@@ -205,25 +205,22 @@ if triton is not None:
         a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, stride_am, stride_wn,
         stride_asm, stride_ask, stride_wsn, stride_wsk,
         BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, IEEE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """One tile of y, held transposed: the weight's rows fill the 64 rows that a tensor core takes, however few a has."""
         tiles_m = tl.cdiv(M, BLOCK_M)
-        offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-        offs_k = tl.arange(0, BLOCK_K)
+        m, n = tl.program_id(0) % tiles_m * BLOCK_M, tl.program_id(0) // tiles_m * BLOCK_N
+        offs_m, offs_n, offs_k = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         # rows past the end wrap around: whole vectors are loaded without a mask and dropped at the store
         w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
         a_ptrs = a_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_am + offs_k[:, None]
         a_scale_ptrs = a_scale_ptr + (offs_m % M).to(tl.int64) * stride_asm
-        w_scale_ptrs = w_scale_ptr + (offs_n % N // (128 if BLOCKS else 1)).to(tl.int64) * stride_wsn
-        if BLOCKS:
-            a_scale, w_scale = tl.load(a_scale_ptrs), tl.load(w_scale_ptrs)
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            if BLOCKS:  # the next step's, which so have a whole step to arrive
-                block = min(k // 128 + 1, (K - 1) // 128)
-                next_a, next_w = tl.load(a_scale_ptrs + block * stride_ask), tl.load(w_scale_ptrs + block * stride_wsk)
+        # num_stages at the loop has the scales fetched as far ahead as a and w. us, M = 8 at 14336 x 4096: 29 and not 57
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            if BLOCKS:  # BLOCK_N divides 128: one scale of w serves the tile
+                scale = tl.load(a_scale_ptrs + k // 128 * stride_ask)
+                scale *= tl.load(w_scale_ptr + n // 128 * stride_wsn + k // 128 * stride_wsk)
             if EVEN_K:
                 w, a = tl.load(w_ptrs + k), tl.load(a_ptrs + k)
             else:
@@ -238,12 +235,11 @@ if triton is not None:
             else:
                 acc = tl.dot(w, a, acc)
             if BLOCKS:
-                acc += acc_k * (w_scale[:, None] * a_scale[None, :])
-                a_scale, w_scale = next_a, next_w
+                acc += acc_k * scale[None, :]
             elif PROMOTE or IEEE:
                 acc += acc_k
         if not BLOCKS:
-            acc = acc * tl.load(a_scale_ptrs)[None, :] * tl.load(w_scale_ptrs)[:, None]
+            acc = acc * tl.load(a_scale_ptrs)[None, :] * tl.load(w_scale_ptr + offs_n % N * stride_wsn)[:, None]
         if HAS_BIAS:
             acc += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
         y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
@@ -414,7 +410,7 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
         )
         return q, scale
     blocks, square = -(-K // 128), granularity == "block2d"
-    block_m = 128 if square else 16
+    block_m = 128 if square else 32
     if square:
         scale = torch.empty(-(-M // 128), blocks, dtype=torch.float32, device=x.device)
     else:
@@ -466,6 +462,10 @@ def _aligned(t: Tensor) -> bool:
     return not start and t.stride(0) > 0 and t.stride(0) * t.element_size() % 16 == 0
 
 
+def _tiles(y: Tensor, block_m: int, block_n: int) -> int:
+    return -(-y.shape[0] // block_m) * -(-y.shape[1] // block_n)
+
+
 def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, widen=None) -> Tensor:
     """a (M, K) and w (N, K) in fp8, none empty, on the current device. widen: the route of GPUs without fp8 tensor cores."""
     (M, K), N = a.shape, w.shape[0]
@@ -479,7 +479,8 @@ def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         0 if b_scale.numel() == 1 else b_scale.stride(1), b_scale.stride(0) if blocks else 0,
     )  # fmt: skip
     promote, has_bias = blocks or not fast_accum, bias is not None
-    if M > 64 and capability[0] == 9 and not widen and _aligned(a) and _aligned(w) and _aligned(y):
+    hopper, few = capability[0] == 9 and not widen, promote and _tiles(y, 128, 64) <= 2 * sms
+    if M > 64 and hopper and not few and _aligned(a) and _aligned(w) and _aligned(y):
         _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
         return y
     if widen:
@@ -495,14 +496,20 @@ def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         block_m, block_n, block_k, warps, stages = 32 if M > 16 else 16, 64, 128 if blocks else 32, 4, 2
     elif M <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
         block_m, block_n, block_k, warps = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4
-        stages = 6 if capability[0] in (9, 10) and not widen else 3  # others have 100 kB or less
+        stages = 3 if widen or capability[0] not in (9, 10) else 6  # others have 100 kB or less
         if not (widen or promote) and N <= 64 * sms:  # M = 16, us: 23 and not 31 at 14336 x 4096, 8.4 and not 10.1 at 4096^2
             block_k = 256
+        elif stages == 6 and M <= 32 and not 128 * sms < N <= 192 * sms:  # there three programs with 6 fit, and all run at once
+            stages = 8  # us, M = 8, promoted: 28 and not 32 at 14336 x 4096, 44 and not 50 at 5120 x 27648
+    elif promote and hopper:  # small tiles give work to each SM. us, block scales, M = 100: 42 and not the 82 of 128 x 128
+        # at 14336 x 4096, 26 and not 35 at 4096 x 14336, 15 and not 25 at 4096 x 4096; M = 512 at 14336 x 4096: 65 and not 81
+        block_m, block_n, block_k, warps = 64 if _tiles(y, 64, 64) <= sms else 128, 64, 128, 4
+        stages = 6 if _tiles(y, block_m, 64) <= sms else 4
     else:
         block_m, block_n, block_k, warps, stages = (64, 64, 128, 8, 2) if blocks else (128, 128, 64, 8, 3)
-    _gemm_kernel[(-(-M // block_m) * -(-N // block_n),)](
+    _gemm_kernel[(_tiles(y, block_m, block_n),)](
         a, w, a_scale, b_scale, bias, y, M, N, K, a.stride(0), w.stride(0), *strides,
-        blocks, promote, ieee, has_bias, K % block_k == 0, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+        blocks, promote, ieee, has_bias, K % block_k == 0, block_m, block_n, block_k, stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
@@ -510,25 +517,24 @@ def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
 def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, tile=None) -> None:
     """The kernel over TMA descriptors. tile: BLOCK_M, BLOCK_N, warps, stages, programs an SM."""
     M, N, K = a.shape[0], w.shape[0], a.shape[1]
-
-    def tiles(t):
-        return -(-M // t[0]) * -(-N // t[1])
-
-    if tile is not None:
-        pass
-    elif promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
+    if tile is None and promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
         tile = (128, 128, 4, 3, 2)
-        tile = tile if tiles(tile) >= 0.8 * sms else (128, 64, 4, 4, 2)
-    else:  # the largest tile that gives work to most SMs; else one small tile an SM with many loads in flight, or two. us:
-        # M = 256, 4096 x 14336: 28, 41, 35; 14336 x 4096: 71, 36, 46; M = 512, 4096 x 4096: 30, 23, 18
-        tile = (128, 256, 8, 3 if y.element_size() == 4 else 4, 1)
-        if tiles(tile) < 0.8 * sms:
-            tile = (64, 128, 4, 7, 1)
-            tile = tile if tiles(tile) <= sms else (64, 128, 4, 4, 2)
+    elif tile is None:  # the tile whose rounds take least: each so many ns for 128 of K and at its end (H200). us against those
+        # of one fixed rule: M = 256 at 3584 x 18944 37, 46; M = 512 at 14336 x 4096 42, 49; M = 1000 at 4096 x 14336 87, 93
+        least = None
+        for t, step, end in (
+            ((128, 256, 8, 3 if y.element_size() == 4 else 4, 1), 670, 2200),
+            ((128, 128, 4, 6, 1), 350, 1300),
+            ((64, 128, 4, 7, 1), 250, 1200),
+        ):
+            time = -(-_tiles(y, *t[:2]) // sms) * (-(-K // 128) * step + end)
+            if least is None or time < least:
+                tile, least = t, time
     block_m, block_n, warps, stages, per_sm = tile
     rows = block_m // 2 if promote else block_m
     # block scales: a program a tile, 2 % faster than a fixed number of programs
-    programs = tiles(tile) if blocks else min(per_sm * sms, tiles(tile))
+    programs = _tiles(y, block_m, block_n)
+    programs = programs if blocks else min(per_sm * sms, programs)
     _gemm_tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [rows, 128]),
         TensorDescriptor.from_tensor(w, [block_n, 128]),
