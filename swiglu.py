@@ -219,6 +219,35 @@ if triton is not None:
                 pre_desc.store([1, m, i], up.to(pre_desc.dtype).reshape(1, BLOCK_M, BLOCK_I))
 
 
+_compiled = {}  # what Triton has compiled, by all that it may depend on
+
+
+def _enqueue(kernel, programs, tensors, scalars, **options):
+    """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
+
+    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and then
+    launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    """
+    if (
+        torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
+        or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
+    ):  # fmt: skip
+        kernel[(programs,)](*tensors, *scalars, **options)
+        return
+    device = tensors[0].get_device()
+    kinds = [t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors]
+    key = kernel, device, scalars, *options.items(), *kinds
+    kept = _compiled.get(key)
+    if kept is None:
+        if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
+            _compiled.clear()
+        _compiled[key] = kernel[(programs,)](*tensors, *scalars, **options)
+    else:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        metadata, hooks = kept.packed_metadata, (None, None, None)
+        kept.run(programs, 1, 1, stream, kept.function, metadata, *hooks, *tensors, *scalars)
+
+
 def _kernel_serves(*tensors) -> bool:
     """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
     if triton is None:
@@ -262,7 +291,7 @@ def _swiglu_forward(gate, up, activation, out=None):
     if out is None:
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)  # half the host's time of new_empty
     M, I, strides = _extent(gate, up, out)
-    _swiglu_fwd_kernel[(M * -(-I // _BLOCK),)](gate, up, out, *strides, I, activation, _BLOCK, num_warps=4)
+    _enqueue(_swiglu_fwd_kernel, M * -(-I // _BLOCK), (gate, up, out), (*strides, I, activation, _BLOCK), num_warps=4)
     return out
 
 
@@ -274,8 +303,8 @@ def _swiglu_backward(dout, gate, up, dgate, dup, activation):
     M, I, strides = _extent(dout, gate, up, like)
     # more arithmetic for each byte wants longer blocks: 816 us instead of 833 at 16384 x 21504
     block = 2 * _BLOCK if activation == "gelu_tanh" else _BLOCK
-    grid = (M * -(-I // block),)
-    _swiglu_bwd_kernel[grid](dout, gate, up, dgate, dup, *strides, I, activation, packed, block, num_warps=4)
+    scalars = *strides, I, activation, packed, block
+    _enqueue(_swiglu_bwd_kernel, M * -(-I // block), (dout, gate, up, dgate, dup), scalars, num_warps=4)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -376,10 +405,8 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
     if up_weight is None:
         gate_weight, up_weight = gate_weight.chunk(2)
     if M == 1:  # steps of 1024 are as fast as longer ones at K = 4096 (61.6 us), and K = 2560 fills them better
-        _gated_row_kernel[(I,)](
-            x, gate_weight, up_weight, out, pre, gate_weight.stride(0), up_weight.stride(0), I, K,
-            activation, 1, 1024, num_warps=4
-        )  # fmt: skip
+        scalars = gate_weight.stride(0), up_weight.stride(0), I, K, activation, 1, 1024
+        _enqueue(_gated_row_kernel, I, (x, gate_weight, up_weight, out, pre), scalars, num_warps=4)
         return out, pre
     old = x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0)
     ieee = x.dtype == torch.float32 or old
@@ -389,10 +416,11 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
         BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = (16, 32, 128, 4, 4) if M <= 16 else (64, 64, 64, 4, 3)
     else:
         BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = 128, 64, 64, 8, 3
-    _gated_mlp_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(I, BLOCK_I),)](
-        x, gate_weight, up_weight, out, pre, x.stride(0), gate_weight.stride(0), up_weight.stride(0), M, I, K,
-        activation, ieee, BLOCK_M, BLOCK_I, BLOCK_K, num_warps=warps, num_stages=stages
+    scalars = (
+        x.stride(0), gate_weight.stride(0), up_weight.stride(0), M, I, K, activation, ieee, BLOCK_M, BLOCK_I, BLOCK_K
     )  # fmt: skip
+    programs, tensors = triton.cdiv(M, BLOCK_M) * triton.cdiv(I, BLOCK_I), (x, gate_weight, up_weight, out, pre)
+    _enqueue(_gated_mlp_kernel, programs, tensors, scalars, num_warps=warps, num_stages=stages)
     return out, pre
 
 
