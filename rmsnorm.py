@@ -291,6 +291,8 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x if h is None else h, weight, rstd)
         ctx.options = offset, casting == "llama"
         ctx.x_dtype, ctx.mixed = x.dtype, h is not None and h.dtype != x.dtype
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # for an h that nothing uses no zeros are written and read
         return y if h is None else (y, h)
 
     @staticmethod
@@ -298,6 +300,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy, dh=None):
         h, weight, rstd = ctx.saved_tensors
         need_x, need_residual, need_w = ctx.needs_input_grad[:3]
+        dy = h.new_zeros(h.shape, dtype=ctx.x_dtype) if dy is None else dy
         dy, dh, (offset, llama) = _rows(dy), _rows(dh), ctx.options
         N = h.shape[-1]
         M = h.numel() // N

@@ -5506,8 +5506,9 @@ def test_trust_nothing_synchronises():
 
 
 def trust_equal(got, want):
-    return all(torch.equal(a.view(torch.uint8) if a.dtype.itemsize == 1 else a, b.view(torch.uint8) if b.dtype.itemsize == 1 else b)
-               for a, b in zip(got, want, strict=True) if a is not None)  # fmt: skip
+    """The same bits, NaN too."""
+    bits = lambda t: t.contiguous().view(-1).view(torch.uint8)  # noqa: E731
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(got, want, strict=True) if a is not None)
 
 
 def trust_flat(outs):
@@ -5684,7 +5685,7 @@ def test_trust_memory():
     w8, s = int8_gemm.quantize_weight_per_channel(wide)
     for rows in (1, 8):
         assert trust_bytes(lambda rows=rows: int8_gemm.int8_gemm(x[:rows], w8, s)) <= slack
-    assert trust_bytes(lambda: int8_gemm.int8_gemm(x[:40], w8, s)) <= 4 * 40 * 256 * 4 + 2 * 40 * N + slack
+    assert trust_bytes(lambda: int8_gemm.int8_gemm(x[:40], w8, s)) <= 4 * 40 * 256 * 4 + 2 * 64 * N + slack
     assert trust_bytes(lambda: int8_gemm.int8_gemm(x, w8, s, quantize_activations=True)) <= M * N + 4 * M + 4 * M * 256 * 4 + slack
     (a, sa), (b, sb) = fp8_gemm.quantize_fp8(x, "row"), fp8_gemm.quantize_fp8(wide, "row")
     assert trust_bytes(lambda: fp8_gemm.fp8_gemm(a, b.t(), sa, sb.t())) <= slack
@@ -5822,7 +5823,7 @@ def trust_every_kernel(op):
     elif op == "int8_gemm":
         w, s = int8_gemm.quantize_weight_per_channel(randn(96, 512))
         int8_gemm.quantize_symmetric(randn(5, 70))
-        for M in (1, 8, 20, 70, 140, 300, 700) if GPU else (1, 8, 40):
+        for M in (1, 8, 20, 70, 140, 300, 800) if GPU else (1, 8, 40):
             for dtype in (low, torch.float32) if GPU else (low,):
                 for w8a8 in (False, True):
                     both(int8_gemm.int8_gemm, randn(M, 512, dtype=dtype, grad=True), w, s, randn(96, dtype=half), quantize_activations=w8a8)
