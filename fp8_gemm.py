@@ -1,14 +1,14 @@
 """FP8 matrix products: y = (a * a_scale) @ (b * b_scale) + bias, operands in float8_e4m3fn with float32 scales.
 
-Shapes: a (M, K), b (K, N), y (M, N). b is best the transposed view of a weight (N, K), as in nn.Linear: fp8 tensor cores
-want both operands with K innermost, and a row-major b is transposed into a temporary first.
-Scales, told apart by their shapes:
-    tensor / row    y[m, n] = a_scale[m] * b_scale[n] * sum_k a[m, k] * b[k, n] + bias[n], each scale one number or one a row / column
-    block           y[m, n] = sum_g a_scale[m, g] * b_scale[g, n // 128] * sum_{k in g} a[m, k] * b[k, n] + bias[n], g = 128 values of k
+Shapes: a (M, K), b (K, N), y (M, N). b is best the transposed view of a weight (N, K), as in nn.Linear: fp8 tensor
+cores want both operands with K innermost, and a row-major b is transposed into a temporary first.
+Scales, told apart by their shapes (one number each; one a row of a and column of b; one for 128 values k of each block g):
+    tensor, row  y[m, n] = a_scale[m] * b_scale[n] * sum_k a[m, k] * b[k, n] + bias[n]
+    block        y[m, n] = sum_g a_scale[m, g] * b_scale[g, n // 128] * sum_{k in g} a[m, k] * b[k, n] + bias[n]
 Few rows are bound by the bytes of b (K*N: half of 16 bits), many by 2*M*N*K operations at twice the rate of 16 bits.
-Numerics: Hopper's tensor cores keep some 14 bits when they add fp8 products up. fast_accum=True leaves the whole sum over K to
-    them; False, and block scales always, add sums of 128 products (at most) up in float32. Scales and bias in float32, one
-    rounding at the end. Quantisers: scale = amax / 448, x * (1 / scale) rounded to nearest even.
+Numerics: Hopper's tensor cores keep some 14 bits when they add fp8 products up. fast_accum=True leaves the whole sum
+    over K to them; False, and block scales always, add sums of 128 products (at most) up in float32. Scales and bias in
+    float32, one rounding at the end. Quantisers: scale = amax / 448, x * (1 / scale) rounded to nearest even.
 
 Sources: https://arxiv.org/abs/2209.05433 (the format), https://arxiv.org/abs/2412.19437 (block scales, promoted sums)
 """
@@ -54,7 +54,8 @@ def quantize_fp8_torch(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, 
             pooled = F.max_pool2d(magnitude.reshape(1, -1, x.shape[-1]), (rows, 128), ceil_mode=True)[0]
         else:
             pooled = x.new_zeros(-(-x.shape[:-1].numel() // rows), -(-x.shape[-1] // 128))
-        # as torch._scaled_mm wants them: 1 x 128 blocks with a contiguous column, 128 x 128 blocks with a contiguous row
+        # as torch._scaled_mm wants them: 1 x 128 blocks with a contiguous column, 128 x 128 blocks with a contiguous
+        # row
         amax = pooled if rows == 128 else pooled.t().contiguous().t()
         amax = amax.view(*x.shape[:-1], amax.shape[1]) if x.ndim != 2 else amax
     elif granularity == "row":
@@ -164,7 +165,7 @@ if triton is not None:
 
     @triton.jit
     def _widen(q):
-        """fp8 to float16 by bits, exact: sign and exponent shifted into place, and 2^8 for the difference of the biases."""
+        """fp8 to float16 by bits, exact: sign and exponent shifted into place, and 2^8 for the biases' difference."""
         q = q.to(tl.int16)
         bits = tl.where((q & 0x7F) == 0x7F, 0x7E00, ((q & 0x80) << 8) | ((q & 0x7F) << 7))
         return bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
@@ -174,7 +175,7 @@ if triton is not None:
         a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, N, K, stride_wn, stride_ask, stride_wsn, stride_wsk,
         BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """One row of a: multiplied and summed in float32, no tensor cores. BLOCK_N divides 128, which divides BLOCK_K."""
+        """One row of a, multiplied and summed in float32, no tensor cores. BLOCK_N divides 128, and 128 BLOCK_K."""
         n = tl.program_id(0) * BLOCK_N
         offs_n, offs_k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
@@ -191,7 +192,8 @@ if triton is not None:
                 w_scale_ptrs = w_scale_ptr + n // 128 * stride_wsn + block * stride_wsk
                 scale *= tl.load(w_scale_ptrs, mask=block * 128 < K, other=0.0)
                 a = tl.reshape(tl.reshape(a, (BLOCK_K // 128, 128)) * scale[:, None], (BLOCK_K,))
-            # each thread's 16 values at once: half the registers. 18.8 us at 4096 x 14336 (H200); kept apart, 20.1 at best
+            # each thread's 16 values at once: half the registers. 18.8 us at 4096 x 14336 (H200); kept apart, 20.1 at
+            # best
             acc += tl.sum(tl.reshape(w.to(tl.float32) * a[None, :], (BLOCK_N, BLOCK_K // 16, 16)), 2)
         y = tl.sum(acc, 1)
         if not BLOCKS:
@@ -207,7 +209,7 @@ if triton is not None:
         BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, IEEE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """One tile of y, held transposed: the weight's rows fill the 64 rows that a tensor core takes, however few a has."""
+        """One tile of y, held transposed: the weight's rows fill the 64 that a tensor core takes, however few a has."""
         tiles_m = tl.cdiv(M, BLOCK_M)
         m, n = tl.program_id(0) % tiles_m * BLOCK_M, tl.program_id(0) // tiles_m * BLOCK_N
         offs_m, offs_n, offs_k = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -216,7 +218,7 @@ if triton is not None:
         a_ptrs = a_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_am + offs_k[:, None]
         a_scale_ptrs = a_scale_ptr + (offs_m % M).to(tl.int64) * stride_asm
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        # num_stages at the loop has the scales fetched as far ahead as a and w. us, M = 8 at 14336 x 4096: 29 and not 57
+        # num_stages at the loop has the scales fetched as far ahead as a and w: M = 8 at 14336 x 4096 29 us, else 57
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             if BLOCKS:  # BLOCK_N divides 128: one scale of w serves the tile
                 scale = tl.load(a_scale_ptrs + k // 128 * stride_ask)
@@ -281,8 +283,8 @@ if triton is not None:
     ):  # fmt: skip
         """Aligned operands: each program walks over its share of the tiles of y.
 
-        Promoting needs a second set of sums. The tile goes in two halves of rows then, so that the set is only half a tile:
-        128 + 64 registers a thread, and one half is added up while the tensor cores are at the other.
+        Promoting needs a second set of sums. The tile goes in two halves of rows then, so that the set is only half a
+        tile: 128 + 64 registers a thread, and one half is added up while the tensor cores are at the other.
         """
         GROUP_M: tl.constexpr = 16  # tiles go down 16 rows of tiles before the next column: a and w are re-read from L2
         ROWS: tl.constexpr = BLOCK_M // 2 if PROMOTE else BLOCK_M
@@ -298,7 +300,8 @@ if triton is not None:
                 offs = tl.minimum(m + tl.arange(0, ROWS), M - 1) * stride_asm
                 offs_low = tl.minimum(m + ROWS + tl.arange(0, ROWS), M - 1) * stride_asm
                 w_scale_ptrs = w_scale_ptr + n // 128 * stride_wsn
-                scale, scale_low, w_scale = tl.load(a_scale_ptr + offs), tl.load(a_scale_ptr + offs_low), tl.load(w_scale_ptrs)
+                scale, scale_low = tl.load(a_scale_ptr + offs), tl.load(a_scale_ptr + offs_low)
+                w_scale = tl.load(w_scale_ptrs)
             for k in range(0, K, BLOCK_K):
                 if BLOCKS:  # the next step's, which so have a whole step to arrive
                     block = min(k // 128 + 1, (K - 1) // 128)
@@ -311,8 +314,8 @@ if triton is not None:
                 w = w_desc.load([n, k]).T
                 if BLOCKS:
                     acc = _add_scaled(acc, tl.dot(a, w), scale * w_scale)
-                    # awaited only here, it keeps the next product behind the sum. 4096 x 14336, M = 2048, us (H200): 211; as
-                    # multiply and add after a common wait 261, as a multiply-add 393 (spills)
+                    # awaited only here, it keeps the next product behind the sum. 4096 x 14336, M = 2048, us (H200):
+                    # 211; as multiply and add after a common wait 261, as a multiply-add 393 (spills)
                     a_low = a_desc.load([m + ROWS, k])
                     low = _add_scaled(low, tl.dot(a_low, w), scale_low * w_scale)
                     scale, scale_low, w_scale = next_scale, next_low, next_w
@@ -326,8 +329,9 @@ if triton is not None:
             )
             if PROMOTE:
                 _store_tile(
-                    low, m + ROWS, n, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, stride_asm, stride_wsn, BLOCKS, HAS_BIAS
-                )
+                    low, m + ROWS, n, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, stride_asm, stride_wsn, BLOCKS,
+                    HAS_BIAS
+                )  # fmt: skip
 
 
 _compiled = {}  # what Triton has compiled, by all that it may depend on
@@ -336,8 +340,8 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and then
-    launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
+    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
         torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
@@ -380,7 +384,7 @@ _properties_cached = functools.cache(_properties)
 
 
 def _gpu(t: Tensor) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of SMs; (0, 0) where Triton has no e4m3 tensor cores for us (the interpreter, AMD)."""
+    """Compute capability and number of SMs; (0, 0) where Triton has no e4m3 tensor cores (interpreter, AMD)."""
     if not t.is_cuda or torch.version.hip is not None:
         return (0, 0), 0
     return (_properties if torch.compiler.is_compiling() else _properties_cached)(t.get_device())
@@ -390,11 +394,11 @@ def quantize_fp8(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor
     """x / scale in float8_e4m3fn, scale = amax / 448 in float32 (1 for an all-zero slice): x is nearly fp8 * scale.
 
     Args:
-        x: (..., K), fp32/fp16/bf16. granularity: one scale for "tensor"; each "row" of K; each "block" of 128 values of a
-            row; each "block2d" of 128 x 128 (x two-dimensional).
+        x: (..., K), fp32/fp16/bf16. granularity: one scale for "tensor"; each "row" of K; each "block" of 128 values of
+            a row; each "block2d" of 128 x 128 (x two-dimensional).
     Returns:
-        fp8 of x's shape, and the scale: (); (..., 1); (..., ceil(K/128)), its rows innermost in memory, as torch._scaled_mm
-        has them; (ceil(M/128), ceil(K/128)). No gradient. amax is over finite values; NaN and Inf (which the format
+        fp8 of x's shape, and the scale: (); (..., 1); (..., ceil(K/128)), its rows innermost in memory, as
+        torch._scaled_mm has them; (ceil(M/128), ceil(K/128)). No gradient. amax is over finite values; NaN and Inf (which the format
         lacks) become NaN, alone.
     Raises:
         ValueError, TypeError.
@@ -404,7 +408,8 @@ def quantize_fp8(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor
     if granularity not in ("tensor", "row", "block", "block2d"):
         raise ValueError(f'granularity must be "tensor", "row", "block" or "block2d", got {granularity!r}')
     if x.ndim == 0 and granularity != "tensor" or x.ndim != 2 and granularity == "block2d":
-        raise ValueError(f"x must have shape {'(M, K)' if granularity == 'block2d' else '(..., K)'}, got {tuple(x.shape)}")
+        shape = "(M, K)" if granularity == "block2d" else "(..., K)"
+        raise ValueError(f"x must have shape {shape}, got {tuple(x.shape)}")
     # the interpreter rounds to fp8 wrongly; below compute capability 8.9 there is no e4m3 to store
     if not x.numel() or not _kernel_serves(x) or _INTERPRET or _gpu(x)[0] < (8, 9):
         return quantize_fp8_torch(x, granularity)
@@ -418,7 +423,8 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     K = x.shape[-1] if x.ndim else 1
     if granularity == "tensor":
         x, numel = x.contiguous(), x.numel()
-        q, scale = torch.empty(x.shape, dtype=_FP8, device=x.device), torch.empty((), dtype=torch.float32, device=x.device)
+        q = torch.empty(x.shape, dtype=_FP8, device=x.device)
+        scale = torch.empty((), dtype=torch.float32, device=x.device)
         parts = min(triton.next_power_of_2(-(-numel // 8192)), 512)
         amax = torch.empty(parts, dtype=torch.float32, device=x.device)
         _enqueue(_amax_kernel, parts, (x, amax), (numel, 8192), num_warps=16)
@@ -430,7 +436,8 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=_FP8, device=x.device)
     if granularity == "row":
         scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-        # H200: 26.4 us at 8192 x 4096, where the copy rate allows 23.6; 90 at 8192 x 14336, 104 and more in shorter steps
+        # H200: 26.4 us at 8192 x 4096, where the copy rate allows 23.6; 90 at 8192 x 14336, 104 and more in shorter
+        # steps
         block_k = min(triton.next_power_of_2(K), 16384)
         block_m = max(1, 2048 // block_k)
         warps = block_k * block_m // 1024
@@ -449,7 +456,7 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
-    """x_fp8 * scale in float32, rounded to dtype once. Each dimension of scale is 1, as long as x_fp8's, or a 128th of it."""
+    """x_fp8 * scale in float32, rounded to dtype once. A dimension of scale is 1, x_fp8's, or a 128th of that."""
     if x_fp8.dtype != _FP8:
         raise TypeError(f"x_fp8 must be float8_e4m3fn, got {x_fp8.dtype}")
     if not scale.is_floating_point() or not dtype.is_floating_point:
@@ -478,8 +485,8 @@ def _has_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | 
         return True
     got = " and ".join("None" if s is None else str(tuple(s.shape)) for s in (a_scale, b_scale))
     raise ValueError(
-        f"a_scale and b_scale must each have one element or shapes {(M, 1)} and {(1, N)}; or, for blocks, both {(M, k)} and "
-        f"{(k, n)}; got {got}"
+        f"a_scale and b_scale must each have one element or shapes {(M, 1)} and {(1, N)}; or, for blocks, both {(M, k)} "
+        f"and {(k, n)}; got {got}"
     )
 
 
@@ -494,7 +501,7 @@ def _tiles(y: Tensor, block_m: int, block_n: int) -> int:
 
 
 def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, widen=None) -> Tensor:
-    """a (M, K) and w (N, K) in fp8, none empty, on the current device. widen: the route of GPUs without fp8 tensor cores."""
+    """a (M, K), w (N, K) in fp8, none empty, on the current device. widen: as GPUs without fp8 tensor cores do."""
     (M, K), N = a.shape, w.shape[0]
     y = torch.empty(M, N, dtype=dtype, device=a.device)
     a, w = a if a.stride(1) == 1 else a.contiguous(), w if w.stride(1) == 1 else w.contiguous()
@@ -523,12 +530,13 @@ def _fp8_gemm_triton(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     elif M <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
         block_m, block_n, block_k, warps = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4
         stages = 3 if widen or capability[0] not in (9, 10) else 6  # others have 100 kB or less
-        if not (widen or promote) and N <= 64 * sms:  # M = 16, us: 23 and not 31 at 14336 x 4096, 8.4 and not 10.1 at 4096^2
-            block_k = 256
-        elif stages == 6 and M <= 32 and not 128 * sms < N <= 192 * sms:  # there three programs with 6 fit, and all run at once
+        if not (widen or promote) and N <= 64 * sms:
+            block_k = 256  # us, M = 16: 23 and not 31 at 14336 x 4096, 8.4 and not 10.1 at 4096 x 4096
+        elif stages == 6 and M <= 32 and not 128 * sms < N <= 192 * sms:  # there 3 programs with 6 fit: all run at once
             stages = 8  # us, M = 8, promoted: 28 and not 32 at 14336 x 4096, 44 and not 50 at 5120 x 27648
-    elif promote and hopper:  # small tiles give work to each SM. us, block scales, M = 100: 42 and not the 82 of 128 x 128
-        # at 14336 x 4096, 26 and not 35 at 4096 x 14336, 15 and not 25 at 4096 x 4096; M = 512 at 14336 x 4096: 65 and not 81
+    elif promote and hopper:
+        # Small tiles give work to each SM. us, block scales, M = 100: 42 and not the 82 of 128 x 128 at 14336 x 4096, 26
+        # and not 35 at 4096 x 14336, 15 and not 25 at 4096 x 4096; M = 512 at 14336 x 4096: 65 and not 81
         block_m, block_n, block_k, warps = 64 if _tiles(y, 64, 64) <= sms else 128, 64, 128, 4
         stages = 6 if _tiles(y, block_m, 64) <= sms else 4
     else:
@@ -547,8 +555,9 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
     M, N, K = a.shape[0], w.shape[0], a.shape[1]
     if tile is None and promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
         tile = (128, 128, 4, 3, 2)
-    elif tile is None:  # the tile whose rounds take least: each so many ns for 128 of K and at its end (H200). us against those
-        # of one fixed rule: M = 256 at 3584 x 18944 37, 46; M = 512 at 14336 x 4096 42, 49; M = 1000 at 4096 x 14336 87, 93
+    elif tile is None:
+        # The tile whose rounds take least: each so many ns for 128 of K and at its end (H200). us against those of one
+        # fixed rule: M = 256 at 3584 x 18944 37, 46; M = 512 at 14336 x 4096 42, 49; M = 1000 at 4096 x 14336 87, 93
         least = None
         for t, step, end in (
             ((128, 256, 8, 3 if y.element_size() == 4 else 4, 1), 670, 2200),
@@ -606,8 +615,8 @@ def fp8_gemm(
         if t.dtype != _FP8 and (not t.is_floating_point() or t.element_size() == 1):
             raise TypeError(f"{name} must be float8_e4m3fn, or float32, float16 or bfloat16, got {t.dtype}")
         if (t.dtype == _FP8) != (scale is not None):
-            takes = "needs its scale, got None" if scale is None else f"must be None: {name} is {t.dtype} and is quantised here"
-            raise ValueError(f"{name}_scale {takes}")
+            given = f"must be None: {name} is {t.dtype} and is quantised here"
+            raise ValueError(f"{name}_scale {'needs its scale, got None' if scale is None else given}")
         if scale is not None and scale.dtype != torch.float32:
             raise TypeError(f"{name}_scale must be float32, got {scale.dtype}")
     if output_dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -621,7 +630,7 @@ def fp8_gemm(
             raise ValueError(f"{name} must be on a's device {a.device}, got {t.device}")
     differentiated = [t for t in (a, b, a_scale, b_scale, bias) if t is not None and t.requires_grad]
     if differentiated and torch.is_grad_enabled():
-        raise ValueError("fp8_gemm is not differentiable, got an input that requires a gradient: use FP8Linear, or no_grad")
+        raise ValueError("fp8_gemm is not differentiable, got an input that requires grad: use FP8Linear, or no_grad")
     blocks = _has_blocks(a, b, a_scale, b_scale)
     if a_scale is None:
         a, a_scale = quantize_fp8(a, "block" if blocks else "row")
@@ -665,15 +674,16 @@ class FP8Linear(nn.Module):
 
     granularity: "tensor" and "row": one scale for all, or for each row of x and of the weight; "block": 1 x 128 for x,
     128 x 128 for the weight. A training weight is quantised in every forward. Elsewhere its fp8 copy is kept until the
-    weight changes; but torch.compile and CUDA graphs quantise in the graph, so that replays see the weight as it is then.
+    weight changes; but torch.compile and CUDA graphs quantise in the graph: replays see the weight as it is then.
     For inference from_linear drops the master weight, and nothing is quantised but x.
     """
 
     _cache = None  # (what tells the weight's state, its storage held weakly, (fp8, scale), stream, event)
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, granularity: str = "row", *, device=None, dtype=None
-    ):
+        self, in_features: int, out_features: int, bias: bool = False, granularity: str = "row", *,
+        device=None, dtype=None
+    ):  # fmt: skip
         super().__init__()
         if granularity not in ("tensor", "row", "block"):
             raise ValueError(f'granularity must be "tensor", "row" or "block", got {granularity!r}')
@@ -690,8 +700,8 @@ class FP8Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, granularity: str = "row") -> "FP8Linear":
-        """For inference: the fp8 weight alone (buffers weight_fp8 and weight_scale), half the memory. The bias parameter is
-        taken over as it is; gradients to x and bias go through the dequantised weight."""
+        """For inference: the fp8 weight alone (buffers weight_fp8 and weight_scale), half the memory. The bias parameter
+        is taken over as it is; gradients to x and bias go through the dequantised weight."""
         new = cls(0, 0, False, granularity, device="meta")
         new.in_features, new.out_features = linear.in_features, linear.out_features
         new.weight, new.bias = None, linear.bias

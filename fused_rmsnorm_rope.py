@@ -10,8 +10,8 @@ Cost. Memory-bound: each row is read once and written once, 2 * itemsize bytes a
 out), in one launch; the tables' rows are shared by all heads. Two separate kernels move twice as much.
 Numerics. float32 from the norm through the rotation, one rounding, at the end. The backward pass recomputes the norm
 from x in its single pass; the weights' gradients are sums in float32, one for each program, without atomics.
-Sources: Zhang and Sennrich, https://arxiv.org/abs/1910.07467; Su et al., https://arxiv.org/abs/2104.09864; the attention
-of Qwen 3, Gemma 3 and OLMo 2 in https://github.com/huggingface/transformers.
+Sources: Zhang and Sennrich, https://arxiv.org/abs/1910.07467; Su et al., https://arxiv.org/abs/2104.09864; the
+attention of Qwen 3, Gemma 3 and OLMo 2 in https://github.com/huggingface/transformers.
 """
 
 import math
@@ -267,7 +267,7 @@ if triton is not None:
                         products += _sum(c0 * a0 + c1 * a1, WHOLE)
                 known = mask if WHOLE else mask & (at < H)  # elsewhere the squares are 0, and eps may be
                 rstd = tl.where(known, tl.rsqrt(squares / N + tl.cast(eps, tl.float32)), 0.0)
-                mean = products * rstd * rstd / N
+                mean = products / N * rstd * rstd
                 if dx_ptr is not None:
                     d0, d1 = rstd * (g0 - x0 * mean), rstd * (g1 - x1 * mean)
                     _store_pairs(dx_ptr + dx_row + at * D, d0, d1, mask & (at < H), D, HALF, INTERLEAVED)
@@ -317,8 +317,8 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and then
-    launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
+    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
         torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
@@ -393,7 +393,7 @@ def _forward_tile(H, HALF, whole):
 
 
 def _backward_tile(Hq, Hk, HALF, whole):
-    """BLOCK_T, BLOCK_H, warps, programs an SM: 108 us at 16384 tokens of 32 x 128 whole, 106 by the head, of floor 95."""
+    """BLOCK_T, BLOCK_H, warps, programs an SM: 108 us at 16384 tokens of 32 x 128 whole, 106 by the head, floor 95."""
     heads = 1 << (Hq - 1).bit_length()
     if whole:
         BLOCK_H = min(heads, max(4096 // HALF, 1))

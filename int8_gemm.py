@@ -68,7 +68,7 @@ if triton is not None:
         x, scale = x * up, scale * up
         if _DIVIDE:
             v = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-        else:  # the quotient by the scale's inverse, and once corrected: us for 8192 x 4096 (H200) 26.9, by division 33
+        else:  # the quotient by the scale's inverse, and once corrected: us for 8192 x 4096 (H200) 28.7, by division 33
             inverse = tl.div_rn(1.0, scale)
             v = x * inverse
             v = tl.fma(tl.fma(-v, scale, x), inverse, v)
@@ -98,7 +98,7 @@ if triton is not None:
 
     @triton.jit
     def _magnitude(x):
-        """Bits that order as magnitudes do, NaN above all. Of 8192 x 14336 in bfloat16, us: 86, by float32 96."""
+        """Bits that order as magnitudes do, NaN above all. Of 8192 x 14336 in bfloat16, us: 87, by float32 97."""
         if x.dtype == tl.float32:
             return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         else:
@@ -162,7 +162,8 @@ if triton is not None:
         W8A8: tl.constexpr = x_scale_ptr is not None
         offs_n, offs_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
-        # each thread's 16 values are summed at once: fewer registers. 20.1 us at (4096, 14336) on an H200, kept apart 21.3
+        # each thread's 16 values are summed at once: fewer registers. 20.1 us at (4096, 14336) on an H200, kept apart
+        # 21.3
         acc = tl.zeros((BLOCK_N, BLOCK_K // 16), tl.int32 if W8A8 else tl.float32)
         for k in range(0, K, BLOCK_K):
             if EVEN_K:
@@ -292,8 +293,8 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and then
-    launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
+    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
         torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
@@ -372,7 +373,7 @@ def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
     while block_k < min(K, 16384):
         block_k *= 2
     block_m = max(1, 2048 // block_k)
-    # H200: 26.9 us for 8192 x 4096, 86 for 8192 x 14336 (97 with the loops), where the copy rate allows 23.7 and 83
+    # H200: 28.7 us for 8192 x 4096, 87 for 8192 x 14336 (97 with the loops), where the copy rate allows 23.7 and 83
     scalars = x.stride(0), M, K, qmax, bool(K > block_k), block_m, block_k
     _enqueue(_quantize_rows_kernel, -(-M // block_m), (x, q, scale), scalars, num_warps=4)
     return q, scale
@@ -453,8 +454,8 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     ieee = not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
     memory = capability[0] in (9, 10)  # 227 kB of shared memory on an SM, others 100
     wide, widest = N > 64 * sms, N > 128 * sms  # many channels: the SMs are busy without dividing the work finely
-    # us for W8A16 by _gemm_kernel, and with the weight widened before: M = 512 104, 134 at (4096, 14336) and 109, 138 at
-    # (14336, 4096); M = 1024 227, 212 and 209, 189
+    # us for W8A16 by _gemm_kernel, and with the weight widened before: M = 512 104, 134 at (4096, 14336) and 109, 138
+    # at (14336, 4096); M = 1024 227, 212 and 209, 189
     many = M > 64 and -(-M // 64) * -(-N // 128) > sms if w8a8 else M > 768 and not ieee
     if memory and many and N * y.element_size() % 16 == 0:
         _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms)
@@ -510,8 +511,8 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
     if x.dtype != torch.int8:  # us for 4096 x 14336: 44, where F.linear takes 155 with 1024 rows and 311 with 2048
         weight = _cast_rows(weight, x.dtype)
     x, weight = _for_tma(x), _for_tma(weight)
-    # us, W8A8 at (4096, 14336), M = 300, 512, 2048: two programs on an SM with 128 x 128 each 54, 56, 175, with 64 x 128
-    # 47, 61, 203, one with 128 x 256 58, 59, 191; 16 bits, M = 2048: 311, 366, 299
+    # us, W8A8 at (4096, 14336), M = 300, 512, 2048: two programs on an SM with 128 x 128 each 54, 56, 175, with 64 x
+    # 128 47, 61, 203, one with 128 x 256 58, 59, 191; 16 bits, M = 2048: 311, 366, 299
     block_m, block_n, block_k, warps, per_sm = 128, 128, 128 // x.element_size(), 8, 2
     stages, few = 3 if y.element_size() == 2 else 2, sms
     if x.dtype != torch.int8 and capability[0] == 9:  # sm_100 would spill

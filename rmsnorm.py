@@ -200,8 +200,8 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and then
-    launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
+    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
         torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
@@ -267,17 +267,18 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of new_empty
     h = torch.empty_like(residual, memory_format=torch.contiguous_format) if keep_h else None
     rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
-    # Rows of up to 8192 columns in one block, longer ones in blocks of half or a quarter of their power of two; in us on
-    # an H200 64.7 at 16384x4096 (eight warps; four 66.0), 40.2 at 16384x2560 (four; eight 45.4), 130.1 at 16384x8192 and
-    # 1.7 at 8x8192 (in halves 129.3 and 2.0), 130 at 4096x32768 (in quarters 136), 291 at 16384x18944 (in halves 325)
+    # Rows of up to 8192 columns in one block, longer ones in blocks of half or a quarter of their power of two; in us
+    # on an H200 64.7 at 16384x4096 (eight warps; four 66.0), 40.2 at 16384x2560 (four; eight 45.4), 130.1 at 16384x8192
+    # and 1.7 at 8x8192 (in halves 129.3 and 2.0), 130 at 4096x32768 (in quarters 136), 291 at 16384x18944 (in halves
+    # 325)
     BLOCK_N = _block(N)
     if N > 8192:
         widest = 65536 // x.element_size() // (1 if residual is None else 2)
         BLOCK_N = min(BLOCK_N // (2 if N > BLOCK_N // 4 * 3 else 4), widest)
     num_warps = 4 if N <= 3072 else 8 if N <= 8192 else 16
     BLOCK_M = max(2048 // BLOCK_N, 1)
-    # Of many rows those of 4096 to 8192 are read again, too, with the same bits: 250 us at 65536x4096 (held 260), 128 at
-    # 16384x8192 (130), 254 with the residual (261); but of few rows 9.6 at 2048x4096 (9.2), 2.3 at 8x8192 (1.8)
+    # Of many rows those of 4096 to 8192 are read again, too, with the same bits: 250 us at 65536x4096 (held 260), 128
+    # at 16384x8192 (130), 254 with the residual (261); but of few rows 9.6 at 2048x4096 (9.2), 2.3 at 8x8192 (1.8)
     again = 3072 < N <= 8192 and M > 4096
     scalars = _stride(x), _stride(residual), M, eps, offset, N, casting == "llama", again, BLOCK_M, BLOCK_N
     _enqueue(_rmsnorm_fwd_kernel, -(-M // BLOCK_M), (x, residual, weight, y, h, rstd), scalars, num_warps=num_warps)
@@ -306,8 +307,8 @@ class _RMSNorm(torch.autograd.Function):
         M = h.numel() // N
         dx = h.new_empty(h.shape, dtype=ctx.x_dtype) if need_x or (need_residual and not ctx.mixed) else None
         dres = h.new_empty(h.shape) if need_residual and ctx.mixed else None  # else dx serves both
-        # Tiles of 8192 elements, one program an SM, loads two tiles ahead, or three where the mask cuts rows short (71 us
-        # instead of 82 at 16384x2560), as far as shared memory goes
+        # Tiles of 8192 elements, one program an SM, loads two tiles ahead, or three where the mask cuts rows short (71
+        # us instead of 82 at 16384x2560), as far as shared memory goes
         BLOCK_N = _block(N) if N <= 8192 else 4096
         BLOCK_M = 8192 // BLOCK_N
         processors, room = 4, 0

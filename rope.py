@@ -266,8 +266,8 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and then
-    launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
+    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
         torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more

@@ -2118,6 +2118,16 @@ def test_swiglu_reads_packed_halves_in_place(monkeypatch):
     assert swiglu._rows(packed.chunk(2, dim=-1)[1]).data_ptr() == packed.chunk(2, dim=-1)[1].data_ptr()
 
 
+@pytest.mark.parametrize("strided", [0, 1])
+def test_swiglu_of_one_strided_and_one_contiguous_tensor(strided):
+    """Their gradients have their own shapes, whichever of the two is laid out as rows on the way."""
+    args = [randn(3, 5, 40, grad=True), randn(3, 5, 40, grad=True)]
+    args[strided] = randn(40, 3, 5).permute(1, 2, 0).requires_grad_()
+    for got, want in zip(outputs_and_grads(swiglu.swiglu_fused, args, {}), outputs_and_grads(swiglu.swiglu_torch, args, {})):
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_same_row_same_bits(dtype):
     gate, up = randn(9, 333, dtype=dtype), randn(9, 333, dtype=dtype)
@@ -4780,7 +4790,8 @@ def fuzz_norm_scale(x, w, offset, eps, dy):
     if dy is None:
         return [*scales, None, None]
     g = dy.abs() * weight
-    dx = torch.where(fine, rstd * (g + xhat * (g * xhat).mean(-1, keepdim=True)), math.inf)
+    summed = (g * torch.maximum(x.abs(), xhat)).sum(-1, keepdim=True) < FUZZ_HUGE  # the mean of g * xhat, by one or the other
+    dx = torch.where(fine & summed, rstd * (g + xhat * (g * xhat).mean(-1, keepdim=True)), math.inf)
     dw = torch.where(fine, dy.abs() * xhat, math.inf)
     return [*scales, dx, dw.reshape(-1, x.shape[-1]).sum(0)]
 
@@ -4911,6 +4922,7 @@ def fuzz_fused_gated_mlp(d):
             return out, None, None, None
         dg, du = c[0].abs() * (up.abs() * (1.2 + derivative + g) + 1.2 * u), c[0].abs() * (act + 1.2 * g)
         dg, du = (t + torch.finfo(dtype).smallest_normal for t in (dg, du))  # in 16 bits, and there subnormal
+        dg, du = (torch.where(t < huge, t, math.inf) for t in (dg, du))
         rows = [t.reshape(-1, t.shape[-1]) for t in (dg, du, a[0].abs())]
         dw = [t.T @ rows[2] for t in rows[:2]]
         return out, dg @ w0.abs() + du @ w1.abs(), *((torch.cat(dw), None) if packed else dw)
@@ -5121,6 +5133,7 @@ def fuzz_int8_gemm(d):
     def scale(a, kw, c):
         wide = a[1].double().abs() * a[2][:, None]
         out = a[0].abs() @ wide.T + (0.0 if b is None else a[3].abs())
+        out = torch.where(a[0].abs() @ a[1].double().abs().T < FUZZ_HUGE, out, math.inf)  # the weight's scale comes after the sum
         dx, db = (c[0].abs() @ wide, c[0].abs().reshape(-1, N).sum(0)) if c else (None, None)
         return out, dx, None, None, db
 
