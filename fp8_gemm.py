@@ -628,8 +628,7 @@ def fp8_gemm(
     for name, t in (("b", b), ("a_scale", a_scale), ("b_scale", b_scale), ("bias", bias)):
         if t is not None and t.device != a.device:
             raise ValueError(f"{name} must be on a's device {a.device}, got {t.device}")
-    differentiated = [t for t in (a, b, a_scale, b_scale, bias) if t is not None and t.requires_grad]
-    if differentiated and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, a_scale, b_scale, bias)):
         raise ValueError("fp8_gemm is not differentiable, got an input that requires grad: use FP8Linear, or no_grad")
     blocks = _has_blocks(a, b, a_scale, b_scale)
     if a_scale is None:
