@@ -160,7 +160,7 @@ def rope_pytorch(
     (turns,) = _on_mesh_of(q, torch.complex(cos, sin)[:, None])
 
     def turn(x0, x1):
-        y = torch.view_as_complex(torch.stack((x0, x1), dim=-1)) * turns  # DTensors have no rule for torch.complex
+        y = torch.view_as_complex(torch.stack((x0, x1), dim=-1)) * turns  # PyTorch 2.11 can't torch.complex DTensors
         return y.real, y.imag
 
     return _turn(q, interleaved, turn), _turn(k, interleaved, turn)
