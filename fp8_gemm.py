@@ -344,13 +344,16 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
         return
-    device = tensors[0].get_device()
-    kinds = [t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors]
+    device = torch._C._cuda_getDevice()
+    kinds = [
+        t if t is None else (t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else
+        t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors
+    ]  # fmt: skip
     key = kernel, device, scalars, *options.items(), *kinds
     kept = _compiled.get(key)
     if kept is None:
@@ -572,13 +575,14 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
     # block scales: a program a tile, 2 % faster than a fixed number of programs
     programs = _tiles(y, block_m, block_n)
     programs = programs if blocks else min(per_sm * sms, programs)
-    _gemm_tma_kernel[(programs,)](
+    tensors = (
         TensorDescriptor.from_tensor(a, [rows, 128]),
         TensorDescriptor.from_tensor(w, [block_n, 128]),
         TensorDescriptor.from_tensor(y, [rows, block_n // 2]),
-        a_scale, b_scale, bias, M, N, K, *strides, blocks, promote, bias is not None, block_m, block_n, 128,
-        num_warps=warps, num_stages=stages,
+        a_scale, b_scale, bias,
     )  # fmt: skip
+    scalars = M, N, K, *strides, blocks, promote, bias is not None, block_m, block_n, 128
+    _enqueue(_gemm_tma_kernel, programs, tensors, scalars, num_warps=warps, num_stages=stages)
 
 
 def _product(a, w, a_scale, b_scale, dtype, bias, fast_accum, blocks) -> Tensor:

@@ -321,12 +321,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
         return
-    device = tensors[0].get_device()
+    device = torch._C._cuda_getDevice()
     kinds = [t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors]
     key = kernel, device, scalars, *options.items(), *kinds
     kept = _compiled.get(key)

@@ -297,13 +297,16 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
         return
-    device = tensors[0].get_device()
-    kinds = [t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors]
+    device = torch._C._cuda_getDevice()
+    kinds = [
+        t if t is None else (t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else
+        t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors
+    ]  # fmt: skip
     key = kernel, device, scalars, *options.items(), *kinds
     kept = _compiled.get(key)
     if kept is None:
@@ -497,10 +500,9 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     # two programs on each SM; us at (14336, 4096), M = 32, 64, 128, 256: 27, 29, 40, 67 (bf16 40, 42, 43, 50)
     split = 1 if M <= 16 or wide or ieee else 4 if 2 * tiles <= sms else 2 if tiles <= sms else 1
     out = y if split == 1 else y.new_empty(split, M, N, dtype=torch.int32 if w8a8 else torch.float32)
-    _gemm_kernel[(tiles * split,)](  # not by _enqueue, which takes no descriptors
-        x, weight, x_scale, scale, bias, out, M, N, K, *strides, ieee, permuted, bool(K % block_k == 0), split, block_m,
-        block_n, block_k, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    scalars = M, N, K, *strides, ieee, permuted, bool(K % block_k == 0), split, block_m, block_n, block_k
+    tensors = x, weight, x_scale, scale, bias, out
+    _enqueue(_gemm_kernel, tiles * split, tensors, scalars, num_warps=warps, num_stages=stages)
     if split > 1:
         _enqueue(_add_parts_kernel, M * -(-N // 1024), (out, x_scale, scale, bias, y), (M, N, split, 1024), num_warps=4)
     return y
@@ -520,12 +522,15 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
         block_n, per_sm, stages, few = 256, 1, 4, 1.6 * sms
     if -(-M // 128) * -(-N // 128) <= few or (M <= 320 and 0 < M % 128 <= 64):
         block_m, block_n, warps, stages, per_sm = 64, 128, 4, 4, 2
-    _gemm_tma_kernel[(min(per_sm * sms, -(-M // block_m) * -(-N // block_n)),)](
+    tensors = (
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(weight, [block_n, block_k]),
         TensorDescriptor.from_tensor(y, [block_m, block_n // 2]),
-        x_scale, scale, bias, M, N, K, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
+        x_scale, scale, bias,
     )  # fmt: skip
+    programs = min(per_sm * sms, -(-M // block_m) * -(-N // block_n))
+    scalars = M, N, K, block_m, block_n, block_k
+    _enqueue(_gemm_tma_kernel, programs, tensors, scalars, num_warps=warps, num_stages=stages)
 
 
 def _for_tma(t: Tensor) -> Tensor:

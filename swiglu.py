@@ -229,13 +229,16 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or not tensors[0].is_cuda or torch.version.hip is not None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
         return
-    device = tensors[0].get_device()
-    kinds = [t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors]
+    device = torch._C._cuda_getDevice()
+    kinds = [
+        t if t is None else (t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else
+        t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors
+    ]  # fmt: skip
     key = kernel, device, scalars, *options.items(), *kinds
     kept = _compiled.get(key)
     if kept is None:
@@ -465,12 +468,11 @@ def _gated_mlp_tma(x, gate_weight, up_weight, out, pre, activation):
             apart = (second.data_ptr() - first.data_ptr()) // x.element_size()
             w = TensorDescriptor(first[start:end], [2, end - start, K], [apart, first.stride(0), 1], box)
         keep = None if pre is None else TensorDescriptor.from_tensor(pre[:, :, start:end], [1, BLOCK_M, BLOCK_I])
-        _gated_mlp_tma_kernel[(programs if M <= 64 else min(programs, processors),)](
-            TensorDescriptor.from_tensor(x, [BLOCK_M, BLOCK_K]), w,
-            TensorDescriptor.from_tensor(out[:, start:end], [BLOCK_M, BLOCK_I]), keep,
-            M, end - start, K, activation, first is up_weight, M <= 16, BLOCK_M, BLOCK_I, BLOCK_K,
-            num_warps=warps, num_stages=stages
-        )  # fmt: skip
+        rows = TensorDescriptor.from_tensor(x, [BLOCK_M, BLOCK_K])
+        tensors = rows, w, TensorDescriptor.from_tensor(out[:, start:end], [BLOCK_M, BLOCK_I]), keep
+        scalars = M, end - start, K, activation, first is up_weight, M <= 16, BLOCK_M, BLOCK_I, BLOCK_K
+        programs = programs if M <= 64 else min(programs, processors)
+        _enqueue(_gated_mlp_tma_kernel, programs, tensors, scalars, num_warps=warps, num_stages=stages)
 
 
 class _GatedMLP(torch.autograd.Function):

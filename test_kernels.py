@@ -4174,6 +4174,10 @@ def distributed_step(model, x):
     return loss.detach(), {name: distributed_full(p.grad) for name, p in model.named_parameters()}
 
 
+def distributed_fp8(a, b):
+    return fp8_gemm.fp8_gemm(a, b.t(), output_dtype=torch.float32)
+
+
 def distributed_ops():
     """(op, arguments, how many of the first are differentiated, {dimension in which each is sharded, - for none: collectives
     in the forward pass})."""
@@ -4207,7 +4211,7 @@ def distributed_ops():
         yield product, (x, weight, scale), 1, {"1--": 0, "-00": 0}
     yield partial(int8_gemm.quantize_symmetric, dim=1), (packed[0],), 0, {"0": 0}
     yield partial(fp8_gemm.quantize_fp8, granularity="row"), (packed[0],), 0, {"0": 0}
-    yield lambda a, b: fp8_gemm.fp8_gemm(a, b.t(), output_dtype=torch.float32), (packed[0], packed[1]), 0, {"0-": 0, "-0": 0}
+    yield distributed_fp8, (packed[0], packed[1]), 0, {"0-": 0, "-0": 0}
 
 
 @distributed
@@ -4247,8 +4251,11 @@ def distributed_functions(mesh, rank, folder):
             assert collectives == count, f"{at}: {collectives} collectives"
             if way[0] in "01":
                 assert all(o.placements == (placements[0],) for o in outs), f"{at}: {outs[0].placements}"
+            # One process runs the kernel, sharded tensors the twin: fp8's products keep 14 bits of their largest in the
+            # sums of Hopper's tensor cores
+            atol = 2e-3 if op is distributed_fp8 else 1e-4
             for g, w in zip(got, want, strict=True):
-                torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4, msg=lambda m: f"{at}: {m}")  # noqa: B023
+                torch.testing.assert_close(g, w, atol=atol, rtol=1e-4, msg=lambda m: f"{at}: {m}")  # noqa: B023
 
 
 def distributed_block():
@@ -5973,6 +5980,7 @@ def test_trust_fp8_cache_where_memory_is_used_again():
 # Kept kernels: what was compiled for other arguments must never be launched
 # ---------------------------------------------------------------------------------------------------------------------
 
+import ast  # noqa: E402
 import inspect  # noqa: E402
 import itertools  # noqa: E402
 import random  # noqa: E402
@@ -6001,47 +6009,53 @@ class HostKernel:
 
     def kept(self, compiled_for, options):
         def run(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
-            assert (y, z, stream, function, metadata) == (1, 1, 7, self.function, self.packed_metadata)
+            assert (y, z, stream, function, metadata) == (1, 1, 7 + host_current[0], self.function, self.packed_metadata)
             assert launch_metadata is enter is leave is None
             self.calls.append(("kept", (x,), args, options, compiled_for))
 
         return run
 
 
-def host_tensor(dtype=torch.float16, address=4096, device=0, **other):
-    where = {"is_cuda": True, **other}
-    return types.SimpleNamespace(dtype=dtype, data_ptr=lambda: address, get_device=lambda: device, **where)
+def host_tensor(dtype=torch.float16, address=4096):
+    return types.SimpleNamespace(dtype=dtype, data_ptr=lambda: address)
 
 
 @pytest.fixture(params=HOST_OPS, ids=lambda m: m.__name__)
 def host_op(request, monkeypatch):
     monkeypatch.setattr(request.param, "_compiled", {})
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(request.param, "_INTERPRET", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: host_current[0], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7 + device, raising=False)
+    monkeypatch.setattr(sys.modules[__name__], "host_current", [0])
     return request.param
+
+
+host_current = [0]  # the current device
 
 
 def test_host_kept_kernel_only_for_the_same_arguments(host_op):
     """Every argument that a kernel may be specialised on leads to a launch through Triton, once, and to no other kernel later."""
-    x, y = host_tensor(), host_tensor(torch.float32)
+    x, y, options = host_tensor(), host_tensor(torch.float32), {"num_warps": 4}
+    scalars = 16, 5, 0.5, "silu", True
+    others = [host_tensor(*change) for change in ((torch.bfloat16,), (torch.float16, 4098), (torch.bfloat16, 4098))]
+    if hasattr(host_op, "TensorDescriptor"):
+        base = torch.empty(64, 64, dtype=torch.float16)
+        others += [host_op.TensorDescriptor.from_tensor(t, box) for t in (base, base.float()) for box in ([16, 32], [32, 16])]
     variants = [
-        ((x, y, None), (16, 5, 0.5, "silu", True), {"num_warps": 4}),
-        *(((host_tensor(**change), y, None), (16, 5, 0.5, "silu", True), {"num_warps": 4})
-          for change in ({"dtype": torch.bfloat16}, {"address": 4098}, {"address": 4098, "dtype": torch.bfloat16}, {"device": 1})),
-        ((x, host_tensor(torch.float32, 4104), None), (16, 5, 0.5, "silu", True), {"num_warps": 4}),
-        ((x, None, y), (16, 5, 0.5, "silu", True), {"num_warps": 4}), ((x, y, x), (16, 5, 0.5, "silu", True), {"num_warps": 4}),
-        *(((x, y, None), scalars, {"num_warps": 4}) for scalars in (
+        *(((t, y, None), scalars, options) for t in (x, *others)),
+        *((tensors, scalars, options) for tensors in ((x, host_tensor(torch.float32, 4104), None), (x, None, y), (x, y, x))),
+        *(((x, y, None), s, options) for s in (
             (1, 5, 0.5, "silu", True), (16, 1, 0.5, "silu", True), (2**31, 5, 0.5, "silu", True), (16, 5, 0.5, "gelu", True), (16, 5, 0.5, "silu", False))),
-        ((x, y, None), (16, 5, 0.5, "silu", True), {"num_warps": 8}), ((x, y, None), (16, 5, 0.5, "silu", True), {"num_stages": 4}),
-        ((x, y, None), (16, 5, 0.5, "silu", True), {"num_warps": 4, "num_stages": 4}),
+        *(((x, y, None), scalars, o) for o in ({"num_warps": 8}, {"num_stages": 4}, {"num_warps": 4, "num_stages": 4})),
     ]  # fmt: skip
-    kernels = HostKernel(), HostKernel()
-    for (n, kernel), (tensors, scalars, options) in itertools.product(enumerate(kernels), variants):
-        host_op._enqueue(kernel, 3 + n, tensors, scalars, **options)
-    assert all([call[0] for call in kernel.calls] == ["plain"] * len(variants) for kernel in kernels)
-    order = list(itertools.product(range(2), range(len(variants)))) * 2
-    random.Random(0).shuffle(order)
-    for n, i in order:
+    kernels, calls = (HostKernel(), HostKernel()), list(itertools.product(range(2), range(2), range(len(variants))))
+    for host_current[0], n, i in calls:
+        tensors, scalars, options = variants[i]
+        host_op._enqueue(kernels[n], 3 + n, tensors, scalars, **options)
+    assert all([call[0] for call in kernel.calls] == ["plain"] * 2 * len(variants) for kernel in kernels)
+    random.Random(0).shuffle(order := calls * 2)
+    for host_current[0], n, i in order:
         tensors, scalars, options = variants[i]
         host_op._enqueue(kernels[n], 9, tensors, scalars, **options)
         assert kernels[n].calls[-1] == ("kept", (9,), (*tensors, *scalars), options, (*tensors, *scalars))
@@ -6066,9 +6080,11 @@ def test_host_plain_launches(host_op, monkeypatch):
         m.setattr(*((runtime.launch_enter_hook, "calls", hook) if hasattr(runtime.launch_enter_hook, "calls") else (runtime, "launch_enter_hook", hook[0])))
         host_op._enqueue(kernel, 1, (x,), (16,))
     with monkeypatch.context() as m:
-        m.setattr(torch.version, "hip", "6.4")
+        m.setattr(torch.version, "cuda", None)
         host_op._enqueue(kernel, 1, (x,), (16,))
-    host_op._enqueue(kernel, 1, (host_tensor(is_cuda=False),), (16,))
+    with monkeypatch.context() as m:
+        m.setattr(host_op, "_INTERPRET", True)
+        host_op._enqueue(kernel, 1, (x,), (16,))
     assert [call[0] for call in kernel.calls] == ["plain"] * 4
     monkeypatch.setattr(kernel, "kept", lambda *args: None)
     none = types.SimpleNamespace(calls=[])
@@ -6084,7 +6100,10 @@ def test_host_plain_launches(host_op, monkeypatch):
 
 
 def test_host_one_way_in_every_file():
-    assert len({inspect.getsource(m._enqueue) for m in HOST_OPS}) == 1
+    """One text, but for the descriptors, which three of the files know."""
+    descriptors = "(t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else "
+    sources = [ast.unparse(ast.parse(inspect.getsource(m._enqueue))) for m in HOST_OPS]
+    assert len({s.replace(descriptors, "") for s in sources}) == 1
 
 
 def host_view(*shape, dtype, offset=0, pad=0):
@@ -6116,6 +6135,15 @@ def host_cases():
             yield lambda x=x, g=g, u=u: swiglu.fused_gated_mlp(x, g, u)
             a, b = (host_view(n, K, dtype=torch.float32, **at).to(torch.float8_e4m3fn) for n in (1, 32))
             yield lambda a=a, b=b, s=s, d=dtype: fp8_gemm.fp8_gemm(a, b.t(), s[:1].view(1, 1), s.view(1, 32), d)
+        for M, N in ((80, 128), (200, 512), (1100, 128)):  # descriptors
+            x, w = host_view(M, 256, dtype=dtype, **at), host_view(N, 256, dtype=dtype)
+            q, s = int8_gemm.quantize_weight_per_channel(w)
+            yield lambda x=x, q=q, s=s: int8_gemm.int8_gemm(x, q, s)
+            yield lambda x=x, q=q, s=s: int8_gemm.int8_gemm(x, q, s, quantize_activations=True)
+            yield lambda x=x, w=w: swiglu.fused_gated_mlp(x, w)
+            yield lambda x=x, w=w: swiglu.fused_gated_mlp(x, w[::2], w[1::2])
+            for fast in (False, True):
+                yield lambda x=x, w=w, fast=fast: fp8_gemm.fp8_gemm(x, w.t(), output_dtype=x.dtype, fast_accum=fast)
 
 
 @needs_gpu
