@@ -42,8 +42,8 @@ def fused_rmsnorm_rope_torch(
     n = x.to(wide) if weight.shape[0] == x.shape[-1] else x.to(wide).unflatten(-1, (x.shape[-1] // D, D))
     n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps) * (offset + weight.to(wide))
     n = n.reshape(*x.shape[:-1], x.shape[-1] // D, D)
-    cos, sin = (t.squeeze(2) if t.dim() == 4 else t for t in (cos, sin))
-    cos, sin = (t[..., : D // 2] for t in (cos, sin))  # of full-width tables, whose halves are equal, the first is read
+    # Of full-width tables, whose halves are equal, the first is read
+    cos, sin = ((t.squeeze(2) if t.dim() == 4 else t)[..., : D // 2] for t in (cos, sin))
     if position_ids is None:
         cos, sin = (t[..., : x.shape[1], :] for t in (cos, sin))
     else:  # one more row, of NaN, stands for every position outside the tables
@@ -61,12 +61,17 @@ def fused_qk_norm_rope_torch(
     eps: float = 1e-6, offset: float = 0.0, interleaved: bool = False, position_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Twin of fused_qk_norm_rope."""
-    D = q_weight.shape[0]
+    D, options = q_weight.shape[0], {"offset": offset, "interleaved": interleaved, "position_ids": position_ids}
     q, k, v = qkv.split((num_heads * D, num_kv_heads * D, num_kv_heads * D), dim=-1)
-    options = {"offset": offset, "interleaved": interleaved, "position_ids": position_ids}
     q = fused_rmsnorm_rope_torch(q, q_weight, cos, sin, eps, num_heads, **options)
     k = fused_rmsnorm_rope_torch(k, k_weight, cos, sin, eps, num_kv_heads, **options)
     return tuple(t.unflatten(-1, (-1, D)) for t in (q, k, v))
+
+
+def _head_dim(x, weight, cos, num_heads):
+    if num_heads:
+        return x.shape[-1] // num_heads
+    return (0, *cos.shape)[-1] if weight.shape[0] == x.shape[-1] else weight.shape[0]
 
 
 if triton is not None:
@@ -97,207 +102,152 @@ if triton is not None:
             tl.store(rows + D // 2 + cols, y1, mask & (cols < D // 2))
 
     @triton.jit
-    def _load_tables(
-        cos_ptr, sin_ptr, position_ptr, b, s, mask, stride_cb, stride_cs, stride_pb, rows,
-        D: tl.constexpr, HALF: tl.constexpr
+    def _load_tokens(
+        first, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_cb, stride_cs, stride_pb, tokens, S, rows,
+        D: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr
     ):  # fmt: skip
+        """Of BLOCK_T tokens (t, 1, 1): number, whether it is there, where its row of x starts, cos and sin."""
+        token = first + tl.arange(0, BLOCK_T)[:, None, None]
+        mask, b, s = token < tokens, (token // S).to(tl.int64), (token % S).to(tl.int64)
         cols = tl.arange(0, HALF)[None, None, :]
-        inside = mask & (cols < D // 2)
-        if position_ptr is None:
-            offs = b * stride_cb + s * stride_cs + cols
-            cos = tl.load(cos_ptr + offs, inside, 0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + offs, inside, 0.0).to(tl.float32)
-        else:
+        at, known = b * stride_cb + s * stride_cs, mask
+        if position_ptr is not None:
             position = tl.load(position_ptr + b * stride_pb + s, mask, 0).to(tl.int64)
-            known = (position >= 0) & (position < rows)
-            cos = tl.load(cos_ptr + position * stride_cs + cols, inside & known, 0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + position * stride_cs + cols, inside & known, 0.0).to(tl.float32)
+            at, known = position * stride_cs, (position >= 0) & (position < rows)
+        cos = tl.load(cos_ptr + at + cols, mask & known & (cols < D // 2), 0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + at + cols, mask & known & (cols < D // 2), 0.0).to(tl.float32)
+        if position_ptr is not None:
             cos = tl.where(known | (mask == 0), cos, float("nan"))  # a position outside the tables
-        return cos, sin
+        return token.to(tl.int64), mask, b * stride_xb + s * stride_xs, cos, sin
 
     @triton.jit
     def _load_weights(
         w_ptr, heads, H, offset, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr
     ):  # fmt: skip
-        mask = heads < H if WHOLE else heads >= 0
-        w0, w1 = _load_pairs(w_ptr + heads * (D if WHOLE else 0), mask, D, HALF, INTERLEAVED, "")
+        w_ptr += heads * (D if WHOLE else 0)
+        w0, w1 = _load_pairs(w_ptr, heads < H if WHOLE else heads >= 0, D, HALF, INTERLEAVED, "")
         return w0 + tl.cast(offset, tl.float32), w1 + tl.cast(offset, tl.float32)
 
     @triton.jit
     def _sum(a, WHOLE: tl.constexpr):
         """Over each head (t, h, 1), or over all of a token's (t, 1, 1)."""
         s = tl.sum(a, axis=2, keep_dims=True)
-        if WHOLE:
-            s = tl.sum(s, axis=1, keep_dims=True)
-        return s
+        return tl.sum(s, axis=1, keep_dims=True) if WHOLE else s
 
     @triton.jit
     def _turn(n0, n1, cos, sin):
         # Which product goes into the fused multiply-add is the compiler's choice, and may change with the strides
         return tl.fma(n0, cos, -(n1 * sin)), tl.fma(n1, cos, n0 * sin)
 
-    @triton.jit
-    def _fwd_heads(
-        x_ptr, y_ptr, w_ptr, cos, sin, start, mask, eps, offset, H: tl.constexpr,
-        D: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr
-    ):  # fmt: skip
-        """x_ptr and y_ptr point at the first head of each token, (t, 1, 1)."""
-        heads = start + tl.arange(0, BLOCK_H)[None, :, None]
-        x0, x1 = _load_pairs(x_ptr + heads * D, mask & (heads < H), D, HALF, INTERLEAVED, "")
-        w0, w1 = _load_weights(w_ptr, heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
-        squares = tl.fma(x0, x0, x1 * x1)
-        if WHOLE:  # of a long row the first heads stay in registers, the others are read again, from L1
-            for more in range(BLOCK_H, H, BLOCK_H):
-                at = more + heads
-                a0, a1 = _load_pairs(x_ptr + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_last")
-                squares = tl.fma(a0, a0, tl.fma(a1, a1, squares))
-        rstd = tl.rsqrt(_sum(squares, WHOLE) / (H * D if WHOLE else D) + tl.cast(eps, tl.float32))
-        y0, y1 = _turn(x0 * rstd * w0, x1 * rstd * w1, cos, sin)
-        _store_pairs(y_ptr + heads * D, y0, y1, mask & (heads < H), D, HALF, INTERLEAVED)
-        if WHOLE:
-            for more in range(BLOCK_H, H, BLOCK_H):
-                at = more + heads
-                x0, x1 = _load_pairs(x_ptr + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_first")
-                w0, w1 = _load_weights(w_ptr, at, H, offset, D, HALF, INTERLEAVED, WHOLE)
-                y0, y1 = _turn(x0 * rstd * w0, x1 * rstd * w1, cos, sin)
-                _store_pairs(y_ptr + at * D, y0, y1, mask & (at < H), D, HALF, INTERLEAVED)
-
     # k and its weight are None for one tensor alone. Token counts are not specialised: a new one never compiles anew
     @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb"])
     def _norm_rope_fwd_kernel(
-        q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, position_ptr,
+        x_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, position_ptr,
         stride_xb, stride_xs, stride_cb, stride_cs, stride_pb, tokens, S, rows, eps, offset,
         Hq: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
         INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
     ):  # fmt: skip
         """BLOCK_T tokens of BLOCK_H heads each, or of all heads (WHOLE); the blocks of k follow those of q."""
         blocks_q = 1 if WHOLE else tl.cdiv(Hq, BLOCK_H)
-        blocks = blocks_q if k_ptr is None else blocks_q + tl.cdiv(Hk, BLOCK_H)
+        blocks = blocks_q + tl.cdiv(Hk, BLOCK_H)
         block = tl.program_id(0) % blocks
-        token = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None]
-        mask, b, s = token < tokens, (token // S).to(tl.int64), (token % S).to(tl.int64)
-        token = token.to(tl.int64)
-        cos, sin = _load_tables(
-            cos_ptr, sin_ptr, position_ptr, b, s, mask, stride_cb, stride_cs, stride_pb, rows, D, HALF
-        )
-        x = b * stride_xb + s * stride_xs
-        if block < blocks_q:
-            _fwd_heads(
-                q_ptr + x, q_out_ptr + token * Hq * D, q_weight_ptr, cos, sin, block * BLOCK_H, mask, eps, offset,
-                Hq, D, HALF, WHOLE, INTERLEAVED, BLOCK_H
-            )  # fmt: skip
-        elif k_ptr is not None:
-            _fwd_heads(
-                k_ptr + x, k_out_ptr + token * Hk * D, k_weight_ptr, cos, sin, (block - blocks_q) * BLOCK_H, mask,
-                eps, offset, Hk, D, HALF, WHOLE, INTERLEAVED, BLOCK_H
-            )  # fmt: skip
+        token, mask, x_at, cos, sin = _load_tokens(
+            tl.program_id(0) // blocks * BLOCK_T, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_cb,
+            stride_cs, stride_pb, tokens, S, rows, D, HALF, BLOCK_T
+        )  # fmt: skip
+        for part in tl.static_range(1 if k_ptr is None else 2):  # each compiled for its own number of heads
+            first = blocks_q if part == 1 else 0
+            if (block >= first) & (block < (blocks if part == 1 else blocks_q)):
+                H = Hk if part == 1 else Hq
+                x_row = x_ptr + x_at + (Hq * D if part == 1 else 0)
+                y_row = (k_ptr if part == 1 else q_ptr) + token * H * D
+                w_ptr = k_weight_ptr if part == 1 else q_weight_ptr
+                heads = (block - first) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+                x0, x1 = _load_pairs(x_row + heads * D, mask & (heads < H), D, HALF, INTERLEAVED, "")
+                w0, w1 = _load_weights(w_ptr, heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
+                squares = tl.fma(x0, x0, x1 * x1)
+                if WHOLE:  # of a long row the first heads stay in registers, the others are read again, from L1
+                    for start in range(BLOCK_H, H, BLOCK_H):
+                        at = start + heads
+                        a0, a1 = _load_pairs(x_row + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_last")
+                        squares = tl.fma(a0, a0, tl.fma(a1, a1, squares))
+                rstd = tl.rsqrt(_sum(squares, WHOLE) / (H * D if WHOLE else D) + tl.cast(eps, tl.float32))
+                y0, y1 = _turn(x0 * rstd * w0, x1 * rstd * w1, cos, sin)
+                _store_pairs(y_row + heads * D, y0, y1, mask & (heads < H), D, HALF, INTERLEAVED)
+                if WHOLE:
+                    for start in range(BLOCK_H, H, BLOCK_H):
+                        at = start + heads
+                        x0, x1 = _load_pairs(x_row + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_first")
+                        w0, w1 = _load_weights(w_ptr, at, H, offset, D, HALF, INTERLEAVED, WHOLE)
+                        y0, y1 = _turn(x0 * rstd * w0, x1 * rstd * w1, cos, sin)
+                        _store_pairs(y_row + at * D, y0, y1, mask & (at < H), D, HALF, INTERLEAVED)
 
-    @triton.jit
-    def _load_gradients(
-        x_ptr, dy_ptr, w0, w1, cos, sin, heads, H, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
-    ):
-        """x, the gradient of its norm (turned back: the sine negated), and of that before the weight."""
-        x0, x1 = _load_pairs(x_ptr + heads * D, mask & (heads < H), D, HALF, INTERLEAVED, "")
-        dy0, dy1 = _load_pairs(dy_ptr + heads * D, mask & (heads < H), D, HALF, INTERLEAVED, "")
-        n0, n1 = _turn(dy0, dy1, cos, -sin)
-        return x0, x1, n0, n1, n0 * w0, n1 * w1
-
-    # dq, dk, dv and the partial sums dwq and dwk (programs, D or H * D) may be None where nothing asks for them
+    # dx and the partial sums dw (programs_q + programs_k, D or H * D) may be None where nothing asks for them
     @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb", "programs_q", "programs_k"])
     def _norm_rope_bwd_kernel(
-        q_ptr, k_ptr, dq_out_ptr, dk_out_ptr, dv_out_ptr, dq_ptr, dk_ptr, dv_ptr, q_weight_ptr, k_weight_ptr, dwq_ptr,
-        dwk_ptr, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_dxs, stride_cb, stride_cs, stride_pb,
-        programs_q, programs_k, tokens, S, rows, Hq, Hk, eps, offset,
-        D: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr, LOOP: tl.constexpr, INTERLEAVED: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr
+        x_ptr, dq_ptr, dk_ptr, dv_ptr, dx_ptr, q_weight_ptr, k_weight_ptr, dw_ptr, cos_ptr, sin_ptr, position_ptr,
+        stride_xb, stride_xs, stride_cb, stride_cs, stride_pb, programs_q, programs_k, tokens, S, rows, Hq, Hk, eps,
+        offset, D: tl.constexpr, HALF: tl.constexpr, WHOLE: tl.constexpr,
+        INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr
     ):  # fmt: skip
         """The first programs_q programs walk over the tiles of q, programs_k over those of k, the others copy dv."""
         program = tl.program_id(0)
-        arange_t, heads = tl.arange(0, BLOCK_T)[:, None, None], tl.arange(0, BLOCK_H)[None, :, None]
+        heads = tl.arange(0, BLOCK_H)[None, :, None]
+        width = (Hq + 2 * Hk) * D  # of dx
         if program >= programs_q + programs_k:
             if dv_ptr is not None:
                 first, programs = program - programs_q - programs_k, tl.num_programs(0) - programs_q - programs_k
                 blocks = tl.cdiv(Hk, BLOCK_H)
                 for tile in tl.range(first, tl.cdiv(tokens, BLOCK_T) * blocks, programs, num_stages=STAGES):
-                    token = (tile // blocks * BLOCK_T + arange_t).to(tl.int64)
+                    token = (tile // blocks * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]).to(tl.int64)
                     at = tile % blocks * BLOCK_H + heads
                     mask = (token < tokens) & (at < Hk)
-                    v0, v1 = _load_pairs(dv_out_ptr + (token * Hk + at) * D, mask, D, HALF, INTERLEAVED, "")
-                    _store_pairs(dv_ptr + token * stride_dxs + at * D, v0, v1, mask, D, HALF, INTERLEAVED)
+                    v0, v1 = _load_pairs(dv_ptr + (token * Hk + at) * D, mask, D, HALF, INTERLEAVED, "")
+                    _store_pairs(dx_ptr + token * width + (Hq + Hk + at) * D, v0, v1, mask, D, HALF, INTERLEAVED)
         else:
-            x_ptr, dy_ptr, dx_ptr, w_ptr, dw_ptr = q_ptr, dq_out_ptr, dq_ptr, q_weight_ptr, dwq_ptr
-            H, first, programs = Hq, program, programs_q
-            if k_ptr is not None:
+            dy_ptr, w_ptr, H, before, first, programs = dq_ptr, q_weight_ptr, Hq, 0, program, programs_q
+            if k_weight_ptr is not None:
                 of_k = program >= programs_q
-                x_ptr, dy_ptr = tl.where(of_k, k_ptr, q_ptr), tl.where(of_k, dk_out_ptr, dq_out_ptr)
-                if dq_ptr is not None:
-                    dx_ptr = tl.where(of_k, dk_ptr, dq_ptr)
-                if dwq_ptr is not None:
-                    dw_ptr = tl.where(of_k, dwk_ptr, dwq_ptr)
-                w_ptr, H = tl.where(of_k, k_weight_ptr, q_weight_ptr), tl.where(of_k, Hk, Hq)
+                dy_ptr, w_ptr = tl.where(of_k, dk_ptr, dq_ptr), tl.where(of_k, k_weight_ptr, q_weight_ptr)
+                H, before = tl.where(of_k, Hk, Hq), tl.where(of_k, Hq * D, 0)
                 first, programs = tl.where(of_k, program - programs_q, program), tl.where(of_k, programs_k, programs_q)
             blocks = 1 if WHOLE else tl.cdiv(H, BLOCK_H)
             N = H * D if WHOLE else D
             if dw_ptr is not None:
-                dw_ptr += first.to(tl.int64) * N
+                dw_ptr += program.to(tl.int64) * N
             dw0 = tl.zeros((BLOCK_T, BLOCK_H, HALF), tl.float32)
             dw1 = tl.zeros((BLOCK_T, BLOCK_H, HALF), tl.float32)
-            w0, w1 = _load_weights(w_ptr, heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
+            # One row of weights for all heads: 148 us at 16384 tokens of 32 and 8 heads of 128 instead of 157; but of 8
+            # and 4 heads of 256 144 instead of 112
+            one = tl.arange(0, 1)[None, :, None]
+            w0, w1 = _load_weights(
+                w_ptr, heads if WHOLE or HALF > 64 else one, H, offset, D, HALF, INTERLEAVED, WHOLE
+            )
             for tile in tl.range(first, tl.cdiv(tokens, BLOCK_T) * blocks, programs, num_stages=STAGES):
-                token = tile // blocks * BLOCK_T + arange_t
-                mask, b, s = token < tokens, (token // S).to(tl.int64), (token % S).to(tl.int64)
-                token = token.to(tl.int64)
-                cos, sin = _load_tables(
-                    cos_ptr, sin_ptr, position_ptr, b, s, mask, stride_cb, stride_cs, stride_pb, rows, D, HALF
-                )
-                x_row, dy_row = x_ptr + b * stride_xb + s * stride_xs, dy_ptr + token * H * D
-                dx_row = token * stride_dxs
-                at = tile % blocks * BLOCK_H + heads
-                x0, x1, n0, n1, g0, g1 = _load_gradients(
-                    x_row, dy_row, w0, w1, cos, sin, at, H, mask, D, HALF, INTERLEAVED
-                )
-                squares, products = _sum(x0 * x0 + x1 * x1, WHOLE), _sum(g0 * x0 + g1 * x1, WHOLE)
-                if LOOP:
-                    for more in range(BLOCK_H, H, BLOCK_H):
-                        v0, v1 = _load_weights(w_ptr, more + heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
-                        a0, a1, _, _, c0, c1 = _load_gradients(
-                            x_row, dy_row, v0, v1, cos, sin, more + heads, H, mask, D, HALF, INTERLEAVED
-                        )
-                        squares += _sum(a0 * a0 + a1 * a1, WHOLE)
-                        products += _sum(c0 * a0 + c1 * a1, WHOLE)
-                known = mask if WHOLE else mask & (at < H)  # elsewhere the squares are 0, and eps may be
-                rstd = tl.where(known, tl.rsqrt(squares / N + tl.cast(eps, tl.float32)), 0.0)
-                mean = products / N * rstd * rstd
+                token, mask, x_at, cos, sin = _load_tokens(
+                    tile // blocks * BLOCK_T, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_cb,
+                    stride_cs, stride_pb, tokens, S, rows, D, HALF, BLOCK_T
+                )  # fmt: skip
+                at = (tile % blocks * BLOCK_H + heads) * D
+                mask &= tile % blocks * BLOCK_H + heads < H
+                x0, x1 = _load_pairs(x_ptr + x_at + before + at, mask, D, HALF, INTERLEAVED, "")
+                dy0, dy1 = _load_pairs(dy_ptr + token * H * D + at, mask, D, HALF, INTERLEAVED, "")
+                n0, n1 = _turn(dy0, dy1, cos, -sin)  # the gradient of the norm, g that before the weight
+                g0, g1 = n0 * w0, n1 * w1
+                rstd = tl.rsqrt(_sum(x0 * x0 + x1 * x1, WHOLE) / N + tl.cast(eps, tl.float32))
+                rstd = tl.where(mask, rstd, 0.0)  # where there is no head the squares are 0, and eps may be
+                mean = _sum(g0 * x0 + g1 * x1, WHOLE) / N * rstd * rstd
                 if dx_ptr is not None:
-                    d0, d1 = rstd * (g0 - x0 * mean), rstd * (g1 - x1 * mean)
-                    _store_pairs(dx_ptr + dx_row + at * D, d0, d1, mask & (at < H), D, HALF, INTERLEAVED)
-                if dw_ptr is not None:
-                    dw0 += n0 * (x0 * rstd)
-                    dw1 += n1 * (x1 * rstd)
-                if LOOP:
-                    for more in range(BLOCK_H, H, BLOCK_H):
-                        at = more + heads
-                        v0, v1 = _load_weights(w_ptr, at, H, offset, D, HALF, INTERLEAVED, WHOLE)
-                        x0, x1, n0, n1, g0, g1 = _load_gradients(
-                            x_row, dy_row, v0, v1, cos, sin, at, H, mask, D, HALF, INTERLEAVED
-                        )
-                        if dx_ptr is not None:
-                            d0, d1 = rstd * (g0 - x0 * mean), rstd * (g1 - x1 * mean)
-                            _store_pairs(dx_ptr + dx_row + at * D, d0, d1, mask & (at < H), D, HALF, INTERLEAVED)
-                        if dw_ptr is not None:  # these sums do not fit in the registers
-                            s0, s1 = n0 * (x0 * rstd), n1 * (x1 * rstd)
-                            if tile >= programs:  # not the first of this program
-                                t0, t1 = _load_pairs(dw_ptr + at * D, at < H, D, HALF, INTERLEAVED, "")
-                                s0 += t0
-                                s1 += t1
-                            _store_pairs(dw_ptr + at * D, s0, s1, at < H, D, HALF, INTERLEAVED)
+                    dx0, dx1 = rstd * (g0 - x0 * mean), rstd * (g1 - x1 * mean)
+                    _store_pairs(dx_ptr + token * width + before + at, dx0, dx1, mask, D, HALF, INTERLEAVED)
+                dw0 += n0 * (x0 * rstd)
+                dw1 += n1 * (x1 * rstd)
             if dw_ptr is not None:
                 dw0, dw1 = tl.sum(dw0, axis=0, keep_dims=True), tl.sum(dw1, axis=0, keep_dims=True)
                 if WHOLE:
                     _store_pairs(dw_ptr + heads * D, dw0, dw1, heads < H, D, HALF, INTERLEAVED)
                 else:
                     dw0, dw1 = tl.sum(dw0, axis=1, keep_dims=True), tl.sum(dw1, axis=1, keep_dims=True)
-                    one = tl.zeros((1, 1, 1), tl.int32)
                     _store_pairs(dw_ptr + one, dw0, dw1, one == 0, D, HALF, INTERLEAVED)
 
     @triton.jit(do_not_specialize=["rows"])
@@ -328,7 +278,7 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
         return
     device = torch._C._cuda_getDevice()
     kinds = [t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors]
-    key = kernel, device, scalars, *options.items(), *kinds
+    key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
         if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
@@ -344,6 +294,10 @@ def _kernel_serves(*tensors) -> bool:
     """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
     if triton is None:
         return False
+    if not torch.compiler.is_compiling() and (
+        torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
             (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
@@ -351,12 +305,6 @@ def _kernel_serves(*tensors) -> bool:
         ):  # fmt: skip
             return False
     return True
-
-
-def _head_dim(x, weight, cos, num_heads):
-    if num_heads is not None:
-        return x.shape[-1] // num_heads
-    return cos.shape[-1] if weight.shape[0] == x.shape[-1] else weight.shape[0]
 
 
 def _sum_rows(parts, dtype):
@@ -368,173 +316,144 @@ def _sum_rows(parts, dtype):
     return out
 
 
-def _tables(cos, sin, position_ids):
-    """The tables as the kernel takes them, and stride_cb, stride_cs, stride_pb, rows."""
-    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    at = 0 if cos.dim() == 2 else 1
-    stride_cb, stride_pb = cos.stride(0) if at and cos.shape[0] > 1 else 0, 0
-    if position_ids is not None:
-        position_ids = position_ids.contiguous()
-        stride_pb = position_ids.shape[-1] if position_ids.dim() == 2 and position_ids.shape[0] > 1 else 0
-    return (cos, sin, position_ids), (stride_cb, cos.stride(at), stride_pb), cos.shape[at]
-
-
-def _forward_tile(H, HALF, whole):
+def _forward_tile(H, D, HALF, whole):
     """BLOCK_T, BLOCK_H, warps: some heads of some tokens, or a token's whole row."""
     if not whole:  # one warp without a barrier: 68.7 us at 16384 tokens of 32 x 128 on an H200, four with 32 heads 70.5
         rows = max(512 // HALF, min(8, 4096 // HALF), 1)
         BLOCK_H = min(1 << (H - 1).bit_length(), rows)
         return rows // BLOCK_H, BLOCK_H, min(max(rows * HALF // 1024, 1), 16)
     # whole: half a row at a time, of up to 2048 columns: 69.1 us at 16384 tokens of 32 x 128, interleaved, 9.8 at 2048;
-    # rows at once 72.5 and 10.6
+    # rows at once 72.5 and 10.6. Fewer warps where the tile is wider than the heads: 51.7 us at 32 x 80, else 57.0
     BLOCK_H = max(min((1 << H.bit_length()) >> 2, 1024 // HALF), 1)
-    return 1, BLOCK_H, min(max(BLOCK_H * HALF // 256, 1), 16)
+    return 1, BLOCK_H, min(max(BLOCK_H * HALF // (256 if D == 2 * HALF else 512), 1), 16)
 
 
-def _backward_tile(Hq, Hk, HALF, whole):
-    """BLOCK_T, BLOCK_H, warps, programs an SM: 108 us at 16384 tokens of 32 x 128 whole, 106 by the head, floor 95."""
-    heads = 1 << (Hq - 1).bit_length()
-    if whole:
-        BLOCK_H = min(heads, max(4096 // HALF, 1))
-        return 1, BLOCK_H, min(max(BLOCK_H * HALF // 256, 1), 8), max(4096 // (BLOCK_H * HALF), 1)
-    BLOCK_H = min(heads, 8 if Hk > 4 else 4)  # 116 us at 16384 tokens of 8 and 4 heads of 256, eights more than 142
+def _backward_tile(H, Hk, HALF, whole):
+    """BLOCK_T, BLOCK_H, warps, programs an SM: 106 us at 16384 tokens of 32 x 128 whole, 105 by the head, floor 95."""
+    heads = 1 << (H - 1).bit_length()
+    if whole:  # in one piece; rows of more than 16384 columns are held in memory, too, and six times slower
+        num_warps = min(max(heads * HALF // 256, 1), 8 if heads * HALF <= 4096 else 16)
+        return 1, heads, num_warps, max(4096 // (heads * HALF), 1)
+    BLOCK_H = min(heads, 8 if (Hk or H) > 4 else 4)  # 116 us at 16384 tokens of 8 and 4 heads of 256, eights 142
     return max(2048 // (BLOCK_H * HALF), 1), BLOCK_H, 4, 2
 
 
-class _NormRoPE(torch.autograd.Function):
-    """x (B, S, H * D), or qkv with k_weight and the widths of q, k and v."""
+def _strides(x, cos, position_ids):
+    """stride_xb, stride_xs, stride_cb, stride_cs, stride_pb and the tables' rows; 0 is the stride of what all share."""
+    at = 0 if cos.dim() == 2 else 1
+    stride_cb = cos.stride(0) if at and cos.shape[0] > 1 else 0
+    many = position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] > 1
+    return x.stride(0), x.stride(1), stride_cb, cos.stride(at), position_ids.shape[1] if many else 0, cos.shape[at]
 
+
+def _forward(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, offset, interleaved):
+    """The normed and rotated x (B, S, Hq * D), or with k_weight q, k and v of the packed x."""
+    B, S, _ = x.shape
+    q, k = x.new_empty(x.shape if k_weight is None else (B, S, Hq, D)), None
+    if k_weight is not None:
+        k = x.new_empty(B, S, Hk, D)
+    whole = k is None and q_weight.shape[0] == Hq * D
+    HALF = 1 << (D // 2 - 1).bit_length()
+    BLOCK_T, BLOCK_H, num_warps = _forward_tile(Hq, D, HALF, whole)
+    blocks = 1 if whole else -(-Hq // BLOCK_H) + -(-Hk // BLOCK_H)
+    *strides, rows = _strides(x, cos, position_ids)
+    scalars = *strides, B * S, S, rows, eps, offset, Hq, Hk, D, HALF, whole, interleaved, BLOCK_T, BLOCK_H
+    tensors = x, q, k, q_weight, k_weight, cos, sin, position_ids
+    _enqueue(_norm_rope_fwd_kernel, -(-B * S // BLOCK_T) * blocks, tensors, scalars, num_warps=num_warps)
+    return q if k is None else (q, k, x[..., (Hq + Hk) * D :].unflatten(-1, (Hk, D)))
+
+
+class _NormRoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, q_weight, k_weight, cos, sin, position_ids, widths, *options):
+    def forward(ctx, x, q_weight, k_weight, cos, sin, position_ids, *options):
         ctx.save_for_backward(x, q_weight, k_weight, cos, sin, position_ids)
-        ctx.widths, ctx.options = widths, options
-        return _forward(x, q_weight, k_weight, cos, sin, position_ids, widths, *options)
+        ctx.options = options
+        return _forward(x, q_weight, k_weight, cos, sin, position_ids, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         x, q_weight, k_weight, cos, sin, position_ids = ctx.saved_tensors
         need_x, need_q, need_k = ctx.needs_input_grad[:3]
-        D, eps, offset, interleaved = ctx.options
-        q, k, _ = _split(x, ctx.widths)
-        dq_out, dk_out, dv_out = ([g.contiguous() for g in grads] + [None, None])[:3]
-        dx = x.new_empty(x.shape) if need_x else None
-        dq, dk, dv = _split(dx, ctx.widths)
-        (B, S, width), whole = q.shape, k is None and q_weight.shape[0] == q.shape[2]
-        Hq, Hk = width // D, 0 if k is None else k.shape[2] // D
-        tables, strides, rows = _tables(cos, sin, position_ids)
-        HALF = 1 << (D // 2 - 1).bit_length()
-        BLOCK_T, BLOCK_H, num_warps, programs = _backward_tile(Hq, Hk or Hq, HALF, whole)
+        Hq, Hk, D, eps, offset, interleaved = ctx.options
+        dq, dk, dv = ([g.contiguous() for g in grads] + [None, None])[:3]
+        (B, S, _), N, HALF = x.shape, q_weight.shape[0], 1 << (D // 2 - 1).bit_length()
+        dx, whole = x.new_empty(x.shape) if need_x else None, Hk == 0 and N == Hq * D
+        BLOCK_T, BLOCK_H, num_warps, programs = _backward_tile(Hq, Hk, HALF, whole)
         processors, room = 4, 0
-        if q.is_cuda:
-            properties = torch.cuda.get_device_properties(q.device)
+        if x.is_cuda:
+            properties = torch.cuda.get_device_properties(x.device)
             processors, room = properties.multi_processor_count, properties.shared_memory_per_block_optin or 65536
-        stage = 2 * BLOCK_T * BLOCK_H * HALF * (q.element_size() + dq_out.element_size())
-        stages = min(3, max((room - 16384) // stage, 0) + 1)
-        # Programs in proportion to heads, no more than fit side by side: 163 us at 16384 tokens of 32 and 8 heads, 219
-        # where those that copy dv waited for the others to end
-        programs, heads = programs * processors, Hq + (Hk if dv is None else 2 * Hk)
-        programs_q, programs_k = (
-            min(-(-(B * S) // BLOCK_T) * (1 if whole else -(-H // BLOCK_H)), max(programs * H // heads, 1)) if H else 0
-            for H in (Hq, Hk)
-        )
-        programs_v = 0 if dv is None else max(programs * Hk // heads, 1)
-        dwq, dwk = (
-            x.new_empty(n, q_weight.shape[0], dtype=torch.float32) if H and (need_q or need_k) else None
-            for n, H in ((programs_q, Hq), (programs_k, Hk))
-        )
-        scalars = (
-            q.stride(0), q.stride(1), 0 if dx is None else dx.stride(1), *strides, programs_q, programs_k, B * S, S,
-            rows, Hq, Hk, eps, offset, D, HALF, whole, whole and Hq > BLOCK_H, interleaved, BLOCK_T, BLOCK_H, stages
+        stages = min(3, max((room - 16384) // (4 * BLOCK_T * BLOCK_H * HALF * x.element_size()), 0) + 1)
+        # Programs in proportion to heads, no more than fit side by side: where those that copy dv waited for the others
+        # to end, 219 us instead of 163 at 16384 tokens of 32 and 8 heads
+        programs, parts = programs * processors, (Hq, Hk, Hk if need_x else 0)
+        programs_q, programs_k, programs_v = (
+            min(-(-B * S // BLOCK_T) * (1 if whole else -(-H // BLOCK_H)), max(programs * H // sum(parts), min(H, 1)))
+            for H in parts
         )  # fmt: skip
-        tensors = q, k, dq_out, dk_out, dv_out, dq, dk, dv, q_weight, k_weight, dwq, dwk, *tables
+        dw = x.new_empty(programs_q + programs_k, N, dtype=torch.float32) if need_q or need_k else None
+        *strides, rows = _strides(x, cos, position_ids)
+        scalars = (
+            *strides, programs_q, programs_k, B * S, S, rows, Hq, Hk, eps, offset, D, HALF, whole, interleaved, BLOCK_T,
+            BLOCK_H, stages
+        )  # fmt: skip
+        tensors = x, dq, dk, dv if need_x else None, dx, q_weight, k_weight, dw, cos, sin, position_ids
         _enqueue(_norm_rope_bwd_kernel, programs_q + programs_k + programs_v, tensors, scalars, num_warps=num_warps)
-        dwq = _sum_rows(dwq, q_weight.dtype) if need_q else None
-        dwk = _sum_rows(dwk, k_weight.dtype) if need_k else None
-        return dx, dwq, dwk, *[None] * (4 + len(ctx.options))
+        dq_weight = _sum_rows(dw[:programs_q], q_weight.dtype) if need_q else None
+        dk_weight = _sum_rows(dw[programs_q:], k_weight.dtype) if need_k else None
+        return dx, dq_weight, dk_weight, *[None] * (3 + len(ctx.options))
 
 
-def _split(x, widths):
-    return (x, None, None) if widths is None or x is None else x.split(widths, dim=-1)
-
-
-def _forward(x, q_weight, k_weight, cos, sin, position_ids, widths, D, eps, offset, interleaved):
-    """The normed and rotated x, or with k_weight the triple q, k, v."""
-    q, k, v = _split(x, widths)
-    (B, S, width), whole = q.shape, k is None and q_weight.shape[0] == q.shape[2]
-    Hq, Hk = width // D, 0 if k is None else k.shape[2] // D
-    q_out = q.new_empty(B, S, width)
-    k_out = None if k is None else k.new_empty(B, S, k.shape[2])
-    tables, strides, rows = _tables(cos, sin, position_ids)
-    HALF = 1 << (D // 2 - 1).bit_length()
-    BLOCK_T, BLOCK_H, num_warps = _forward_tile(Hq, HALF, whole)
-    blocks = 1 if whole else -(-Hq // BLOCK_H) + -(-Hk // BLOCK_H)
-    scalars = (
-        q.stride(0), q.stride(1), *strides, B * S, S, rows, eps, offset, Hq, Hk, D, HALF, whole, interleaved, BLOCK_T,
-        BLOCK_H
-    )  # fmt: skip
-    tensors = q, k, q_out, k_out, q_weight, k_weight, *tables
-    _enqueue(_norm_rope_fwd_kernel, -(-(B * S) // BLOCK_T) * blocks, tensors, scalars, num_warps=num_warps)
-    return q_out if k is None else (q_out, k_out, v)
-
-
-def _check_tensors(**tensors):
-    """The first is the input, on whose device the others have to be."""
-    first, x = next(iter(tensors.items()))
-    for name, t in tensors.items():
-        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on {first}'s device {x.device}, got {t.device}")
-
-
-def _check_tables(name, x, D, cos, sin, position_ids):
+def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, offset, interleaved):
+    """Both functions, k_weight None and Hk 0 for one tensor: checks, then the kernel where it serves, else the twin."""
+    name = "x" if k_weight is None else "qkv"
+    weights = {"weight": q_weight} if k_weight is None else {"q_weight": q_weight, "k_weight": k_weight}
+    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for n, t in {name: x, **weights, "cos": cos, "sin": sin, "position_ids": position_ids}.items():
+        if t is not None and n != "position_ids" and t.dtype not in floats:
+            raise TypeError(f"{n} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{n} must be on {name}'s device {x.device}, got {t.device}")
     B, S, shape, dims = *x.shape[:2], tuple(cos.shape), cos.dim()
     if not (dims == 2 or (dims == 3 and shape[0] in (1, B)) or (dims == 4 and shape[0] == shape[2] == 1)):
         raise ValueError(f"cos must be (S, W), ({B}, S, W), (1, S, W) or (1, S, 1, W), got shape {shape}")
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {shape}, got {tuple(sin.shape)}")
-    if shape[-1] != D and (2 * shape[-1] != D or dims == 4):
-        widths = f"{D}" if dims == 4 else f"{D // 2} or {D}"
-        raise ValueError(f"cos must be {widths} wide for head_dim {D}, got {shape[-1]}")
+    widths, rows = (D,) if dims == 4 else (D // 2, D), shape[0 if dims == 2 else 1]
+    if shape[-1] not in widths:
+        raise ValueError(f"cos must be {' or '.join(map(str, widths))} wide for head_dim {D}, got {shape[-1]}")
     if position_ids is None:
-        rows = shape[0 if dims == 2 else 1]
         if rows < S:
             raise ValueError(f"cos must have at least {S} rows, one for each position of {name}, got {rows}")
-        return
-    if position_ids.dtype not in (torch.int32, torch.int64):
+    elif position_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
-    if position_ids.device != x.device:
-        raise ValueError(f"position_ids must be on {name}'s device {x.device}, got {position_ids.device}")
-    if dims != 2:
+    elif dims != 2:
         raise ValueError(f"position_ids must go with tables of two dimensions, got cos of shape {shape}")
-    if position_ids.shape not in ((S,), (1, S), (B, S)):
+    elif position_ids.shape not in ((S,), (1, S), (B, S)):
         raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(position_ids.shape)}")
-
-
-def _autocast(x):
-    """x in the dtype that F.rms_norm takes it to where autocast is on (float32 in newer releases, on CUDA)."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        # To the dtype that F.rms_norm takes it to (float32 in newer releases, on CUDA)
         x = x.to(F.rms_norm(x.new_empty(0, 1), (1,)).dtype)
-    return x
-
-
-def _dispatch(twin, x, q_weight, k_weight, cos, sin, position_ids, widths, *options):
-    """The kernel where it can take the tensors, else twin(x): with k_weight and widths for a packed qkv."""
-    x = _autocast(x)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if learned or not x.numel() or not _kernel_serves(x, q_weight, k_weight, cos, sin, position_ids):
-        return twin(x)
+        options = {"offset": offset, "interleaved": interleaved, "position_ids": position_ids}
+        if k_weight is None:
+            return fused_rmsnorm_rope_torch(x, q_weight, cos, sin, eps, Hq, **options)
+        options |= {"eps": eps, "num_heads": Hq, "num_kv_heads": Hk}
+        return fused_qk_norm_rope_torch(x, q_weight, k_weight, cos, sin, **options)
     if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
-            return _dispatch(twin, x, q_weight, k_weight, cos, sin, position_ids, widths, *options)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+            return _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, offset, interleaved)
     if k_weight is not None:
         if k_weight.dtype != q_weight.dtype:  # the kernel takes its choice of two pointers of one type
             q_weight, k_weight = q_weight.float(), k_weight.float()
         k_weight = k_weight.contiguous()
-    args = x, q_weight.contiguous(), k_weight, cos, sin, position_ids, widths, *options
+    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    position_ids = position_ids if position_ids is None else position_ids.contiguous()
+    args = x if x.stride(-1) == 1 else x.contiguous(), q_weight.contiguous(), k_weight, cos, sin, position_ids
+    args += Hq, Hk, D, float(eps), float(offset), interleaved
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
         return _NormRoPE.apply(*args)
     return _forward(*args)
@@ -552,39 +471,23 @@ def fused_rmsnorm_rope(
         weight: (H * D,): norm over the whole row (OLMo 2); (D,): norm of each head (Qwen 3, Gemma 3); any float dtype
         cos, sin: (S, D/2) or (B, S, D/2); or D wide, the halves repeated (only the first is read), (1, S, 1, D) among
             them; any float dtype; more than S rows serve the positions 0 to S - 1
-        num_heads: H. Without it D is the length of a weight (D,), and with a weight of the whole row the tables' width:
-            tables D/2 wide need num_heads there
+        num_heads: H. Without it D is the length of a weight (D,), else the tables' width: half-wide ones need it there
         offset: added to the weight in float32; Gemma's is 1
         interleaved: pairs (2i, 2i + 1) instead of (i, i + D/2)
-        position_ids: (S,) or (B, S), int32 or int64: the rows of two-dimensional tables to use. A position outside the
-            tables gives NaN in its row
+        position_ids: (S,) or (B, S), integers: the rows of two-dimensional tables to use, NaN outside them
 
     Raises: ValueError for shapes and devices that do not fit; TypeError for dtypes.
     """
-    _check_tensors(x=x, weight=weight, cos=cos, sin=sin)
     if x.dim() != 3:
         raise ValueError(f"x must be (B, S, H * D), got shape {tuple(x.shape)}")
-    width = x.shape[-1]
-    if num_heads is not None and (num_heads < 1 or width % num_heads):
-        raise ValueError(f"num_heads must divide x's width {width}, got {num_heads}")
     if weight.dim() != 1 or not weight.shape[0]:
         raise ValueError(f"weight must be (H * D,) or (D,), got shape {tuple(weight.shape)}")
-    if cos.dim() not in (2, 3, 4):
-        raise ValueError(f"cos must be (S, W), (B, S, W) or (1, S, 1, W), got shape {tuple(cos.shape)}")
-    D = _head_dim(x, weight, cos, num_heads)
-    if num_heads is None and weight.shape[0] == width and (D < 1 or width % D):
-        raise ValueError(f"num_heads must be given where cos's width {D} does not divide x's width {width}")
-    if D < 2 or D % 2 or width % D:
-        raise ValueError(f"x must be a multiple of an even head_dim wide, got width {width} and head_dim {D}")
+    width, D = x.shape[-1], _head_dim(x, weight, cos, num_heads)
+    if D < 2 or D % 2 or width % D or num_heads not in (None, width // D):
+        raise ValueError(f"num_heads must divide x's width {width} into even head_dims, got {num_heads}: head_dim {D}")
     if weight.shape[0] not in (D, width):
         raise ValueError(f"weight must have shape ({width},) or ({D},), got {tuple(weight.shape)}")
-    _check_tables("x", x, D, cos, sin, position_ids)
-    options = {"offset": offset, "interleaved": interleaved, "position_ids": position_ids}
-
-    def twin(x):
-        return fused_rmsnorm_rope_torch(x, weight, cos, sin, eps, width // D, **options)
-
-    return _dispatch(twin, x, weight, None, cos, sin, position_ids, None, D, float(eps), float(offset), interleaved)
+    return _dispatch(x, weight, None, cos, sin, position_ids, width // D, 0, D, eps, offset, interleaved)
 
 
 def fused_qk_norm_rope(
@@ -600,9 +503,8 @@ def fused_qk_norm_rope(
         num_heads, num_kv_heads: Hq and Hk
         cos, sin, offset, interleaved, position_ids: as in fused_rmsnorm_rope
 
-    Raises: ValueError for shapes and devices that do not fit; TypeError for dtypes.
+    Raises: as fused_rmsnorm_rope.
     """
-    _check_tensors(qkv=qkv, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     if q_weight.dim() != 1 or q_weight.shape[0] < 2 or q_weight.shape[0] % 2:
         raise ValueError(f"q_weight must be (D,) of an even head_dim D, got shape {tuple(q_weight.shape)}")
     if k_weight.shape != q_weight.shape:
@@ -611,68 +513,51 @@ def fused_qk_norm_rope(
         if n < 1:
             raise ValueError(f"{name} must be positive, got {n}")
     D = q_weight.shape[0]
-    widths = [num_heads * D, num_kv_heads * D, num_kv_heads * D]
-    if qkv.dim() != 3 or qkv.shape[-1] != sum(widths):
-        raise ValueError(f"qkv must be (B, S, {sum(widths)}), got shape {tuple(qkv.shape)}")
-    _check_tables("qkv", qkv, D, cos, sin, position_ids)
-    options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": eps, "offset": offset}
-    options |= {"interleaved": interleaved, "position_ids": position_ids}
-
-    def twin(qkv):
-        return fused_qk_norm_rope_torch(qkv, q_weight, k_weight, cos, sin, **options)
-
-    scalars = D, float(eps), float(offset), interleaved
-    outs = _dispatch(twin, qkv, q_weight, k_weight, cos, sin, position_ids, widths, *scalars)
-    return tuple(t if t.dim() == 4 else t.unflatten(-1, (-1, D)) for t in outs)
+    width = (num_heads + 2 * num_kv_heads) * D
+    if qkv.dim() != 3 or qkv.shape[-1] != width:
+        raise ValueError(f"qkv must be (B, S, {width}), got shape {tuple(qkv.shape)}")
+    heads = num_heads, num_kv_heads, D
+    return _dispatch(qkv, q_weight, k_weight, cos, sin, position_ids, *heads, eps, offset, interleaved)
 
 
-class FusedRMSNormRoPE(nn.Module):
-    """fused_rmsnorm_rope with its weight: (hidden_dim,), or with per_head=True (head_dim,). It starts at 1 - offset."""
+class _Norm(nn.Module):
+    """One norm's weight, which starts at 1 - offset."""
 
-    def __init__(
-        self, hidden_dim: int, head_dim: int, eps: float = 1e-6, *, per_head: bool = False, offset: float = 0.0,
-        device=None, dtype=None
-    ):  # fmt: skip
+    def __init__(self, dim, offset, device, dtype):
         super().__init__()
-        if head_dim < 2 or head_dim % 2 or hidden_dim % head_dim:
-            raise ValueError(f"head_dim must be even and divide hidden_dim {hidden_dim}, got {head_dim}")
-        self.hidden_dim, self.head_dim, self.eps = hidden_dim, head_dim, eps
-        self.per_head, self.offset = per_head, offset
-        self.weight = nn.Parameter(torch.empty(head_dim if per_head else hidden_dim, device=device, dtype=dtype))
+        self.offset = offset
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 1 - self.offset)
 
+
+class FusedRMSNormRoPE(_Norm):
+    """fused_rmsnorm_rope with its weight: (hidden_dim,), or with per_head=True (head_dim,)."""
+
+    def __init__(
+        self, hidden_dim: int, head_dim: int, eps: float = 1e-6, *, per_head: bool = False, offset: float = 0.0,
+        device=None, dtype=None
+    ):  # fmt: skip
+        if head_dim < 2 or head_dim % 2 or hidden_dim % head_dim:
+            raise ValueError(f"head_dim must be even and divide hidden_dim {hidden_dim}, got {head_dim}")
+        super().__init__(head_dim if per_head else hidden_dim, offset, device, dtype)
+        self.hidden_dim, self.head_dim, self.eps, self.per_head = hidden_dim, head_dim, eps, per_head
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None) -> Tensor:
         if x.shape[-1] != self.hidden_dim:
             raise ValueError(f"x must be (B, S, {self.hidden_dim}), got shape {tuple(x.shape)}")
-        num_heads = self.hidden_dim // self.head_dim
-        return fused_rmsnorm_rope(
-            x, self.weight, cos, sin, self.eps, num_heads, offset=self.offset, position_ids=position_ids
-        )
+        options = {"offset": self.offset, "position_ids": position_ids}
+        return fused_rmsnorm_rope(x, self.weight, cos, sin, self.eps, self.hidden_dim // self.head_dim, **options)
 
     def extra_repr(self) -> str:
         options = f"eps={self.eps}, per_head={self.per_head}, offset={self.offset}"
         return f"{self.hidden_dim}, head_dim={self.head_dim}, {options}"
 
 
-class _Weight(nn.Module):
-    """Holds one norm's weight under the name that a checkpoint gives it."""
-
-    def __init__(self, dim, initial, device, dtype):
-        super().__init__()
-        self.initial = initial
-        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, self.initial)
-
-
 class FusedQKNormRoPE(nn.Module):
-    """fused_qk_norm_rope with q_norm.weight and k_norm.weight, which start at 1 - offset: a Qwen 3 or (with offset=1) a
-    Gemma 3 attention's load into it."""
+    """fused_qk_norm_rope with q_norm.weight and k_norm.weight: those of a Qwen 3 or (offset=1) Gemma 3 attention."""
 
     def __init__(
         self, head_dim: int, num_heads: int, num_kv_heads: int, eps: float = 1e-6, *, offset: float = 0.0,
@@ -681,20 +566,17 @@ class FusedQKNormRoPE(nn.Module):
         super().__init__()
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be a positive even number, got {head_dim}")
-        self.head_dim, self.num_heads, self.num_kv_heads = head_dim, num_heads, num_kv_heads
-        self.eps, self.offset, self.interleaved = eps, offset, interleaved
-        self.q_norm = _Weight(head_dim, 1 - offset, device, dtype)
-        self.k_norm = _Weight(head_dim, 1 - offset, device, dtype)
+        self.head_dim = head_dim
+        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        self.options = {**heads, "eps": eps, "offset": offset, "interleaved": interleaved}
+        self.q_norm = _Norm(head_dim, offset, device, dtype)
+        self.k_norm = _Norm(head_dim, offset, device, dtype)
 
     def forward(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return fused_qk_norm_rope(
-            qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads, eps=self.eps, offset=self.offset, interleaved=self.interleaved,
-            position_ids=position_ids
-        )  # fmt: skip
+        weights = self.q_norm.weight, self.k_norm.weight
+        return fused_qk_norm_rope(qkv, *weights, cos, sin, position_ids=position_ids, **self.options)
 
     def extra_repr(self) -> str:
-        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
-        return f"{self.head_dim}, {heads}, eps={self.eps}, offset={self.offset}, interleaved={self.interleaved}"
+        return ", ".join([f"{self.head_dim}", *(f"{name}={value}" for name, value in self.options.items())])

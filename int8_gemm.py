@@ -97,6 +97,21 @@ if triton is not None:
         return y
 
     @triton.jit
+    def _store_transposed(acc, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N, FINISH: tl.constexpr):
+        if FINISH:
+            acc = _finish(acc, x_scale_ptr, scale_ptr, bias_ptr, offs_m[None, :], offs_n[:, None], M, N)
+        y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
+
+    @triton.jit
+    def _in_order(t):
+        """The columns of every 64 of t's rows, (t, j, h, i) of 4 x 4 x 2 x 2, as (j, h, t, i): see _gemm_kernel."""
+        rows: tl.constexpr = t.shape[0]
+        columns: tl.constexpr = t.shape[1]
+        t = tl.permute(tl.reshape(t, (rows, columns // 64, 4, 4, 2, 2)), (0, 1, 3, 4, 2, 5))
+        return tl.reshape(t, (rows, columns))
+
+    @triton.jit
     def _magnitude(x):
         """Bits that order as magnitudes do, NaN above all. Of 8192 x 14336 in bfloat16, us: 86, by float32 96."""
         if x.dtype == tl.float32:
@@ -148,10 +163,9 @@ if triton is not None:
         x = tl.load(x_ptr + row * stride_xm + cols, mask=cols < tl.where(row < M, K, 0), other=0)
         if scale_ptr is not None:
             x = x.to(tl.float32) * tl.load(scale_ptr + row)
-        if PERMUTED:  # c * 64 + (t, j, h, i) to c * 64 + (j, h, t, i)
-            x = tl.permute(tl.reshape(x, (BLOCK_K // 64, 4, 4, 2, 2)), (0, 2, 3, 1, 4))
-        x = tl.reshape(x, (BLOCK_K,)).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * stride_om + cols, x, mask=cols < stride_om)
+        if PERMUTED:
+            x = tl.reshape(_in_order(x[None, :]), (BLOCK_K,))
+        tl.store(out_ptr + row * stride_om + cols, x.to(out_ptr.dtype.element_ty), mask=cols < stride_om)
 
     @triton.jit
     def _one_row_kernel(
@@ -181,28 +195,31 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["M"])
     def _gemm_kernel(
-        x_ptr, w_ptr, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_wn,
+        x_ptr, more_x_ptr, w_ptr, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, stride_xm, stride_wn,
         IEEE: tl.constexpr, PERMUTED: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_M: tl.constexpr, MORE_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """One tile of y, held transposed: the weight is the left operand. x int8 (with its scales) or float.
 
         With SPLIT > 1 that many programs share a tile, each with every SPLITth step of K, and y is (SPLIT, M, N).
         PERMUTED, for Hopper: the thread that reads 16 bytes (t) of 64 of a weight's row has 4 x 2 pairs (j, h) of the
-        left operand, of columns far apart; so x comes with its columns in that order. Both are descriptors then.
+        left operand, of columns far apart; so x comes with its columns in that order (1) or is put into it here (2).
+        Both are descriptors then. MORE_M rows of x, beyond a power of two, share a widened weight with the BLOCK_M.
         """
         W8A8: tl.constexpr = x_scale_ptr is not None
         part, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
-        tiles_m = tl.cdiv(M, BLOCK_M)
-        m, n = tile % tiles_m * BLOCK_M, tile // tiles_m * BLOCK_N
+        tiles_m = tl.cdiv(M, BLOCK_M + MORE_M)
+        m, n = tile % tiles_m * (BLOCK_M + MORE_M), tile // tiles_m * BLOCK_N
         offs_m, offs_n, offs_k = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         if not PERMUTED:  # rows past the end wrap around: whole vectors, no mask; they are dropped at the store
             w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
             x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if W8A8 else tl.float32)
+        if MORE_M:
+            more = tl.zeros((BLOCK_N, MORE_M), tl.float32)
         for k in range(part * BLOCK_K, K, SPLIT * BLOCK_K):
             if PERMUTED:
-                w, x = w_ptr.load([n, k]), x_ptr.load([m, k]).T
+                w, x = w_ptr.load([n, k]), x_ptr.load([m, k])
             elif EVEN_K:
                 w, x = tl.load(w_ptrs + k), tl.load(x_ptrs + k)
             else:
@@ -211,20 +228,23 @@ if triton is not None:
             if W8A8:
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32)
             elif PERMUTED:
-                w = tl.reshape(_widen(w, x.dtype), (BLOCK_N, BLOCK_K // 64, 4, 4, 2, 2))
-                w = tl.reshape(tl.permute(w, (0, 1, 3, 4, 2, 5)), (BLOCK_N, BLOCK_K))
+                w, x = _in_order(_widen(w, x.dtype)), _in_order(x) if PERMUTED == 2 else x
                 # k < K always; but as each step uses the sums, Triton waits for the tensor cores. Else they run on
                 # while the next step overwrites the registers that they read w from (Triton 3.6), and results vary.
-                acc = tl.where(k < K, tl.dot(w, x, acc), 0.0)
+                # Two steps in turn, with registers of their own, gain nothing: its ptxas then waits for each product.
+                if MORE_M:
+                    more = tl.where(k < K, tl.dot(w, more_x_ptr.load([m + BLOCK_M, k]).T, more), 0.0)
+                acc = tl.where(k < K, tl.dot(w, x.T, acc), 0.0)
             else:
                 # Sums of BLOCK_K products, then their sum: in float32 a fifth of one long chain's error at K = 4096.
                 # The last argument has no other effect here than to keep Triton from fusing the sum into a chain.
                 w, x = _widen(w, tl.float32 if IEEE else x.dtype), x.to(tl.float32 if IEEE else x.dtype)
                 acc += tl.dot(w, x, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
-        if SPLIT == 1:
-            acc = _finish(acc, x_scale_ptr, scale_ptr, bias_ptr, offs_m[None, :], offs_n[:, None], M, N)
-        y_ptrs = y_ptr + (part.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
+        y_ptr += part.to(tl.int64) * M * N
+        _store_transposed(acc, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N, SPLIT == 1)
+        if MORE_M:
+            offs_m = m + BLOCK_M + tl.arange(0, MORE_M)
+            _store_transposed(more, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N, SPLIT == 1)
 
     @triton.jit(do_not_specialize=["M"])
     def _add_parts_kernel(
@@ -259,9 +279,7 @@ if triton is not None:
                 w = tl.load(w_ptrs + k, mask=offs_wk < K - k, other=0)
                 x = tl.load(x_ptrs + k, mask=offs_xk < K - k, other=0)
             acc = tl.dot(w if W8A8 else _widen(w, x.dtype), x, acc, out_dtype=acc.dtype)
-        y = _finish(tl.sum(acc, 0), x_scale_ptr, scale_ptr, bias_ptr, offs_m[None, :], offs_n[:, None], M, N)
-        y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
+        _store_transposed(tl.sum(acc, 0), x_scale_ptr, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N, True)
 
     @triton.jit(do_not_specialize=["M"])
     def _gemm_tma_kernel(
@@ -307,7 +325,7 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
         t if t is None else (t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else
         t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors
     ]  # fmt: skip
-    key = kernel, device, scalars, *options.items(), *kinds
+    key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
         if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
@@ -323,6 +341,10 @@ def _kernel_serves(*tensors) -> bool:
     """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
     if triton is None:
         return False
+    if not torch.compiler.is_compiling() and (
+        torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
             (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
@@ -341,8 +363,8 @@ def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) ->
         int8 of tensor's shape and the float32 scale, in which `dim` has size 1 (None: a scalar); an all-zero slice
         has scale 1. No gradient. Non-finite values are not looked for: their slice dequantises to NaN or Inf.
     """
-    if not tensor.is_floating_point():
-        raise TypeError(f"tensor must be floating point, got {tensor.dtype}")
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        raise TypeError(f"tensor must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be 2 to 8, got {bits}")
     if dim is not None and not -tensor.ndim <= dim < tensor.ndim:
@@ -370,14 +392,12 @@ def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) ->
 def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    q = torch.empty(M, K, dtype=torch.int8, device=x.device)
-    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    q, scale = x.new_empty(M, K, dtype=torch.int8), x.new_empty(M, dtype=torch.float32)
     block_k = 128
     while block_k < min(K, 16384):
         block_k *= 2
     block_m = max(1, 2048 // block_k)
-    # H200: 28.7 us for 8192 x 4096, 87 for 8192 x 14336 (in another run, with the loops, 97), where the copy rate
-    # allows 23.7 and 83
+    # us, H200: 27.3 for 8192 x 4096, where a copy of as many bytes takes 25.4; 87 for 8192 x 14336 (the copy rate: 83)
     scalars = x.stride(0), M, K, qmax, bool(K > block_k), block_m, block_k
     _enqueue(_quantize_rows_kernel, -(-M // block_m), (x, q, scale), scalars, num_warps=4)
     return q, scale
@@ -385,6 +405,8 @@ def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
 
 def quantize_weight_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 (N, K) and the float32 scale (N,) of a weight (N, K): what int8_gemm takes."""
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        raise TypeError(f"weight must be float16, bfloat16, float32 or float64, got {weight.dtype}")
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (N, K), got {tuple(weight.shape)}")
     quantized, scale = quantize_symmetric(weight, dim=1)
@@ -472,18 +494,23 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         tensors = x, weight, x_scale, scale, bias, y
         _enqueue(_sliced_gemm_kernel, -(-N // 16), tensors, scalars, num_warps=2, num_stages=stages)
         return y
-    permuted = capability[0] == 9 and M > 16 and not (ieee or w8a8)
-    block_m = 16 if M <= 16 else 32 if M <= 32 or ieee else 64 if M <= 64 or (w8a8 and memory) else 128
+    permuted = int(capability[0] == 9 and M > 16 and not (ieee or w8a8))
+    block_m, more_m = 16 if M <= 16 else 32 if M <= 32 or ieee else 64 if M <= 64 or (w8a8 and memory) else 128, 0
     block_n, block_k, warps, stages = 64, 128, 4, 4 if memory else 3
     if ieee:
         block_k, warps, stages = 32, 4 if M <= 16 else 8, 2
-    elif permuted:  # us at (4096, 14336), M = 32, 64, 128, 256, 512: 25, 28, 38, 56, 104 (bf16 37, 39, 39, 46, 89)
-        if M > 64 and -(-M // 256) * -(-N // 64) > sms and -(-M // 128) % 2 == 0:  # with 128 rows 60 and 118
+    elif permuted:  # us at (4096, 14336), M = 64, 128, 256, 512: 27, 37, 57, 105 (bf16 39, 39, 46, 89)
+        if 128 < M <= 192 or (256 < M <= 384 and not wide) or (M > 512 and N <= 32 * sms):
+            # (14336, 4096), M = 192, 300, 640: 50, 88, 164 (bf16 49, 60, 95); with 128 rows 64, 100, 200
+            more_m, block_k, stages = 64, 64, 4
+        elif M > 64 and -(-M // 256) * -(-N // 64) > sms and -(-M // 128) % 2 == 0:  # with 128 rows 60 and 118
             block_m, block_k, stages = 256, 64, 3
         elif widest:  # (8192, 28672), M = 32, 64, 128: 77, 84, 122; with 64 channels 83, 97, 128
             block_n, block_k, warps = 128, 128 if M <= 64 else 64, 8 if M <= 32 else 4
         else:
             stages = 6 if M <= 32 else 5 if M <= 64 else 3
+        if M <= 32 and not wide:  # no launch for the order of x: (4096, 4096), M = 32: 11.7, with it 12.9
+            permuted, stages = 2, 5
     elif w8a8 and block_m == 128:
         block_n, block_k, warps = 128, 64, 8
     elif w8a8:
@@ -492,16 +519,18 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         block_n, block_k, warps, stages = (64, 256, 2, 3) if widest and memory else (32, 128, 2, 6)
     elif block_m == 128:
         warps, stages = (4, 3) if memory else (8, 2)
-    strides = x.stride(0), weight.stride(0)
+    strides, more_x = (x.stride(0), weight.stride(0)), None
     if permuted:
-        x = TensorDescriptor.from_tensor(_cast_rows(x, x.dtype, permuted=block_m), [block_m, block_k])
+        x = _for_tma(x) if permuted == 2 else _cast_rows(x, x.dtype, permuted=block_m + more_m)
+        more_x = TensorDescriptor.from_tensor(x, [more_m, block_k]) if more_m else None
+        x = TensorDescriptor.from_tensor(x, [block_m, block_k])
         weight = TensorDescriptor.from_tensor(_for_tma(weight), [block_n, block_k])
-    tiles = -(-M // block_m) * -(-N // block_n)
+    tiles = -(-M // (block_m + more_m)) * -(-N // block_n)
     # two programs on each SM; us at (14336, 4096), M = 32, 64, 128, 256: 27, 29, 40, 67 (bf16 40, 42, 43, 50)
     split = 1 if M <= 16 or wide or ieee else 4 if 2 * tiles <= sms else 2 if tiles <= sms else 1
     out = y if split == 1 else y.new_empty(split, M, N, dtype=torch.int32 if w8a8 else torch.float32)
-    scalars = M, N, K, *strides, ieee, permuted, bool(K % block_k == 0), split, block_m, block_n, block_k
-    tensors = x, weight, x_scale, scale, bias, out
+    scalars = M, N, K, *strides, ieee, permuted, bool(K % block_k == 0), split, block_m, more_m, block_n, block_k
+    tensors = x, more_x, weight, x_scale, scale, bias, out
     _enqueue(_gemm_kernel, tiles * split, tensors, scalars, num_warps=warps, num_stages=stages)
     if split > 1:
         _enqueue(_add_parts_kernel, M * -(-N // 1024), (out, x_scale, scale, bias, y), (M, N, split, 1024), num_warps=4)

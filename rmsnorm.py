@@ -5,8 +5,7 @@
 
 Cost. Memory-bound: x is read once and y written once, 2 * M * N * itemsize bytes (4 * M * N with the residual and h);
 backward 3 * M * N: x and dy in, dx out. Long rows are read twice, the second time from L1 or L2.
-Numerics. float32 inside, one rounding, at the end. h is rounded to residual's dtype first and then normalised, as in a
-model that adds and then norms. casting="llama" rounds the normalised row to x.dtype before the weight multiplies it.
+Numerics. float32 inside, one rounding, at the end (casting="llama": see rmsnorm).
 Backward: with g = dy * (offset + weight) and xhat = x * rstd, dx = rstd * (g - xhat * mean(g * xhat)); the weight's
 gradient is summed in float32, one partial sum for each program, without atomics: the same bits every time.
 Sources: Zhang and Sennrich, https://arxiv.org/abs/1910.07467; LlamaRMSNorm and Gemma's offset of 1 as in
@@ -63,19 +62,21 @@ def _eps(x, eps):
 if triton is not None:
 
     @triton.jit
-    def _load_sum(x_ptr, res_ptr, at, mask, POLICY: tl.constexpr):
+    def _load_sum(x_ptr, res_ptr, h_ptr, at, mask, POLICY: tl.constexpr):
+        """x, or x + residual in the residual's precision, which goes to h_ptr."""
         h = tl.load(x_ptr + at, mask, 0.0, eviction_policy=POLICY).to(tl.float32)
         if res_ptr is not None:
             res = tl.load(res_ptr + at, mask, 0.0, eviction_policy=POLICY)
             h = (h + res.to(tl.float32)).to(res.dtype).to(tl.float32)
+        if h_ptr is not None:
+            tl.store(h_ptr + at, h, mask)
         return h
 
     @triton.jit
-    def _load_weight(w_ptr, cols, mask, offset, BYPASS: tl.constexpr):
+    def _load_weight(w_ptr, cols, mask, offset, CACHE: tl.constexpr):
         w = 1.0
         if w_ptr is not None:
-            CACHE: tl.constexpr = ".cg" if BYPASS else ""
-            POLICY: tl.constexpr = "" if BYPASS else "evict_last"
+            POLICY: tl.constexpr = "" if CACHE == ".cg" else "evict_last"
             w = tl.load(w_ptr + cols, mask, 0.0, cache_modifier=CACHE, eviction_policy=POLICY).to(tl.float32)
             w += tl.cast(offset, tl.float32)
         return w
@@ -98,90 +99,103 @@ if triton is not None:
         y_ptr += rows * N
         if res_ptr is not None:
             res_ptr += rows * stride_rm
+        if h_ptr is not None:
+            h_ptr += rows * N
         # Of a long row the last block stays in registers, those before it are read again, from L1: fewer registers, so
         # more rows at a time on a processor. 130 us at 4096x32768 on an H200, where rows held whole take 141. Where the
         # row fills L1, all else keeps out of it: 149 us at 1024x131072, else 172
         LAST: tl.constexpr = (N - 1) // BLOCK_N * BLOCK_N
-        HUGE: tl.constexpr = N >= 4 * BLOCK_N
-        ONCE: tl.constexpr = "evict_first" if HUGE else ""
+        ONCE: tl.constexpr = "evict_first" if N >= 4 * BLOCK_N else ""
+        CACHE: tl.constexpr = ".cg" if N >= 4 * BLOCK_N else ""
         squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, LAST, BLOCK_N):
-            at = start + cols
-            h = _load_sum(x_ptr, res_ptr, at, rows < M, "evict_last")
-            if h_ptr is not None:
-                tl.store(h_ptr + rows * N + at, h, rows < M)
+            h = _load_sum(x_ptr, res_ptr, h_ptr, start + cols, rows < M, "evict_last")
             squares = tl.fma(h, h, squares)  # h * h + squares might be rounded otherwise in another variant
         at = LAST + cols
         mask = (rows < M) & (at < N)
-        h = _load_sum(x_ptr, res_ptr, at, mask, "evict_last" if AGAIN else ONCE)
+        h = _load_sum(x_ptr, res_ptr, h_ptr, at, mask, "evict_last" if AGAIN else ONCE)
         if not AGAIN:
-            w = _load_weight(w_ptr, at, at < N, offset, HUGE)  # before the sum is complete: under way meanwhile
-        if h_ptr is not None:
-            tl.store(h_ptr + rows * N + at, h, mask)
-        squares = tl.sum(tl.fma(h, h, squares), axis=1, keep_dims=True)
-        rstd = tl.rsqrt(squares / N + tl.cast(eps, tl.float32))
+            w = _load_weight(w_ptr, at, at < N, offset, CACHE)  # before the sum is complete: under way meanwhile
+        rstd = tl.rsqrt(tl.sum(tl.fma(h, h, squares), axis=1, keep_dims=True) / N + tl.cast(eps, tl.float32))
         if rstd_ptr is not None:
             tl.store(rstd_ptr + rows, rstd, rows < M)
         if AGAIN:
-            h = _load_sum(x_ptr, res_ptr, at, mask, "evict_first")
-            w = _load_weight(w_ptr, at, at < N, offset, HUGE)
+            h = _load_sum(x_ptr, res_ptr, None, at, mask, "evict_first")
+            w = _load_weight(w_ptr, at, at < N, offset, CACHE)
         _store_y(y_ptr, at, h * rstd, w, mask, LLAMA, ONCE)
         for start in range(0, LAST, BLOCK_N):
-            at = start + cols
-            h = _load_sum(x_ptr, res_ptr, at, rows < M, "evict_first")
-            w = _load_weight(w_ptr, at, at < N, offset, HUGE)
-            _store_y(y_ptr, at, h * rstd, w, rows < M, LLAMA, ONCE)
+            h = _load_sum(x_ptr, res_ptr, None, start + cols, rows < M, "evict_first")
+            w = _load_weight(w_ptr, start + cols, start + cols < N, offset, CACHE)
+            _store_y(y_ptr, start + cols, h * rstd, w, rows < M, LLAMA, ONCE)
+
+    @triton.jit
+    def _mean(h_ptr, dy_ptr, w_ptr, rstd, N, offset, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
+        """mean(g * xhat) of a row too long to hold whole."""
+        sums = tl.zeros((1, BLOCK_N), tl.float32)
+        for start in tl.range(0, N, BLOCK_N, num_stages=STAGES):
+            at = start + tl.arange(0, BLOCK_N)[None, :]
+            h = tl.load(h_ptr + at, at < N, 0.0, eviction_policy="evict_last").to(tl.float32)
+            dy = tl.load(dy_ptr + at, at < N, 0.0, eviction_policy="evict_last").to(tl.float32)
+            sums += h * dy * _load_weight(w_ptr, at, at < N, offset, "")
+        return tl.sum(sums) * rstd / N
 
     @triton.jit
     def _rmsnorm_mean_kernel(
         h_ptr, w_ptr, rstd_ptr, dy_ptr, mean_ptr, stride_hm, stride_dym, N, offset,
         BLOCK_N: tl.constexpr, STAGES: tl.constexpr
     ):  # fmt: skip
-        """mean(g * xhat) of each row, for rows too long for _rmsnorm_bwd_kernel to hold whole."""
         row = tl.program_id(0).to(tl.int64)
-        sums = tl.zeros((BLOCK_N,), tl.float32)
-        for start in tl.range(0, N, BLOCK_N, num_stages=STAGES):
-            cols = start + tl.arange(0, BLOCK_N)
-            h = tl.load(h_ptr + row * stride_hm + cols, cols < N, 0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + row * stride_dym + cols, cols < N, 0.0).to(tl.float32)
-            sums += h * dy * _load_weight(w_ptr, cols, cols < N, offset, False)
-        tl.store(mean_ptr + row, tl.sum(sums) * tl.load(rstd_ptr + row) / N)
+        h_ptr, dy_ptr, rstd = h_ptr + row * stride_hm, dy_ptr + row * stride_dym, tl.load(rstd_ptr + row)
+        tl.store(mean_ptr + row, _mean(h_ptr, dy_ptr, w_ptr, rstd, N, offset, BLOCK_N, STAGES))
 
-    # A program walks over the rows of one block of columns and sums its own row of dw (programs, N). w, mean (where the
-    # block is the whole row), dh, dx, dres and dw may be None
+    # A program walks over rows, whole or in PIECES, or over those of one block of columns, whose means are then given,
+    # and sums its own row of dw (programs, N). w, mean, dh, dx, dres and dw may be None
     @triton.jit(do_not_specialize=["M", "programs"])
     def _rmsnorm_bwd_kernel(
         h_ptr, w_ptr, rstd_ptr, mean_ptr, dy_ptr, dh_ptr, dx_ptr, dres_ptr, dw_ptr, stride_hm, stride_dym, stride_dhm,
-        M, N, programs, offset, LLAMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
+        M, N, programs, offset, LLAMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        PIECES: tl.constexpr, STAGES: tl.constexpr
     ):  # fmt: skip
         first = tl.program_id(0) % programs
-        cols = tl.program_id(0) // programs * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        w = _load_weight(w_ptr, cols, cols < N, offset, False)
-        dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        cols = tl.arange(0, BLOCK_N)[None, :]
+        piece = tl.arange(0, PIECES)[:, None]
+        POLICY: tl.constexpr = "evict_first" if PIECES > 1 else ""
+        if PIECES == 1:
+            cols += tl.program_id(0) // programs * BLOCK_N
+            w = _load_weight(w_ptr, cols, cols < N, offset, "")
+        dw = tl.zeros((BLOCK_M * PIECES, BLOCK_N), tl.float32)
         # Without the stages a program waits for each row's loads in turn: 266 us at 16384x8192 instead of 199
-        for tile in tl.range(first, tl.cdiv(M, BLOCK_M), programs, num_stages=STAGES):
+        for tile in tl.range(first, tl.cdiv(M, BLOCK_M), programs, num_stages=STAGES if PIECES == 1 else 1):
             rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
-            mask = (rows < M) & (cols < N)
             rstd = tl.load(rstd_ptr + rows, rows < M, 0.0)
-            xhat = tl.load(h_ptr + rows * stride_hm + cols, mask, 0.0).to(tl.float32) * rstd
-            dy = tl.load(dy_ptr + rows * stride_dym + cols, mask, 0.0).to(tl.float32)
-            if dw_ptr is not None:
-                dw += dy * (xhat.to(dy_ptr.dtype.element_ty).to(tl.float32) if LLAMA else xhat)
-            if dx_ptr is not None or dres_ptr is not None:
-                g = dy * w
-                if mean_ptr is None:
-                    mean = tl.sum(g * xhat, axis=1, keep_dims=True) / N
-                else:
-                    mean = tl.load(mean_ptr + rows, rows < M, 0.0)
-                dx = rstd * (g - xhat * mean)
-                if dh_ptr is not None:
-                    dx += tl.load(dh_ptr + rows * stride_dhm + cols, mask, 0.0).to(tl.float32)
-                if dx_ptr is not None:
-                    tl.store(dx_ptr + rows * N + cols, dx, mask)
-                if dres_ptr is not None:
-                    tl.store(dres_ptr + rows * N + cols, dx, mask)
+            h_row, dy_row = h_ptr + rows * stride_hm, dy_ptr + rows * stride_dym
+            if mean_ptr is not None:
+                mean = tl.load(mean_ptr + rows, rows < M, 0.0)
+            elif PIECES > 1:  # the pieces are then read again
+                mean = _mean(h_row, dy_row, w_ptr, rstd, N, offset, BLOCK_N, STAGES)
+            for k in tl.static_range(PIECES):
+                at = k * BLOCK_N + cols
+                mask = (at < N) & (rows < M)
+                xhat = tl.load(h_row + at, mask, 0.0, eviction_policy=POLICY).to(tl.float32) * rstd
+                dy = tl.load(dy_row + at, mask, 0.0, eviction_policy=POLICY).to(tl.float32)
+                if dw_ptr is not None:
+                    part = dy * (xhat.to(dy_ptr.dtype.element_ty).to(tl.float32) if LLAMA else xhat)
+                    dw += part if PIECES == 1 else tl.where(piece == k, part, 0.0)
+                if dx_ptr is not None or dres_ptr is not None:
+                    g = dy * (w if PIECES == 1 else _load_weight(w_ptr, at, at < N, offset, ""))
+                    if PIECES == 1 and mean_ptr is None:
+                        mean = tl.sum(g * xhat, axis=1, keep_dims=True) / N
+                    dx = rstd * (g - xhat * mean)
+                    if dh_ptr is not None:
+                        dx += tl.load(dh_ptr + rows * stride_dhm + at, mask, 0.0).to(tl.float32)
+                    if dx_ptr is not None:
+                        tl.store(dx_ptr + rows * N + at, dx, mask)
+                    if dres_ptr is not None:
+                        tl.store(dres_ptr + rows * N + at, dx, mask)
         if dw_ptr is not None:
-            tl.store(dw_ptr + first.to(tl.int64) * N + cols, tl.sum(dw, axis=0, keep_dims=True), cols < N)
+            at = piece * BLOCK_N + cols
+            sums = dw if PIECES > 1 else tl.sum(dw, axis=0, keep_dims=True)
+            tl.store(dw_ptr + first.to(tl.int64) * N + at, sums, at < N)
 
     @triton.jit(do_not_specialize=["rows"])
     def _sum_kernel(parts_ptr, out_ptr, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -211,7 +225,7 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
         return
     device = torch._C._cuda_getDevice()
     kinds = [t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors]
-    key = kernel, device, scalars, *options.items(), *kinds
+    key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
         if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
@@ -227,6 +241,10 @@ def _kernel_serves(*tensors) -> bool:
     """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
     if triton is None:
         return False
+    if not torch.compiler.is_compiling() and (
+        torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
             (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
@@ -267,22 +285,29 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of new_empty
     h = torch.empty_like(residual, memory_format=torch.contiguous_format) if keep_h else None
     rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
-    # Rows of up to 8192 columns in one block, longer ones in blocks of half or a quarter of their power of two; in us
-    # on an H200 64.7 at 16384x4096 (eight warps; four 66.0), 40.2 at 16384x2560 (four; eight 45.4), 130.1 at 16384x8192
-    # and 1.7 at 8x8192 (in halves 129.3 and 2.0), 130 at 4096x32768 (in quarters 136), 291 at 16384x18944 (in halves
-    # 325)
+    # Rows of up to 8192 columns in one block, longer ones in halves or quarters of their power of two; in us on an H200
+    # 40.2 at 16384x2560 (eight warps 45.4), 130 at 4096x32768 (in quarters 136), 291 at 16384x18944 (in halves 325)
     BLOCK_N = _block(N)
     if N > 8192:
         widest = 65536 // x.element_size() // (1 if residual is None else 2)
         BLOCK_N = min(BLOCK_N // (2 if N > BLOCK_N // 4 * 3 else 4), widest)
-    num_warps = 4 if N <= 3072 else 8 if N <= 8192 else 16
+    num_warps = 4 if N <= 3072 else 8 if N <= 6144 else 16
     BLOCK_M = max(2048 // BLOCK_N, 1)
-    # Of many rows those of 4096 to 8192 are read again, too, with the same bits: 250 us at 65536x4096 (held 260), 128
-    # at 16384x8192 (130), 254 with the residual (261); but of few rows 9.6 at 2048x4096 (9.2), 2.3 at 8x8192 (1.8)
-    again = 3072 < N <= 8192 and M > 4096
+    # Of many rows those of 4096 to 8192 are read again, too, with the same bits: 250 us at 65536x4096 (held 260), 18.3
+    # at 2048x8192 (19.0); but 2.3 at 8x8192 (2.1), and with a residual 18.2 at 2048x4096 (17.0)
+    again = 3072 < N <= 8192 and M >= (512 if residual is None else 4096)
     scalars = _stride(x), _stride(residual), M, eps, offset, N, casting == "llama", again, BLOCK_M, BLOCK_N
     _enqueue(_rmsnorm_fwd_kernel, -(-M // BLOCK_M), (x, residual, weight, y, h, rstd), scalars, num_warps=num_warps)
     return y, h, rstd
+
+
+def _backward_tile(N, small):
+    """BLOCK_M, BLOCK_N, pieces, warps: rows of up to 8192 held whole, longer ones in blocks of columns, their means by
+    a kernel before, or if small in pieces that are read again: 270 us at 4096x32768 on an H200, else 322."""
+    if 8192 < N <= 32768 and small:
+        return 1, 8192, _block(N) // 8192, 16
+    BLOCK_N = min(_block(N), 8192 if N <= 8192 else 4096)
+    return 8192 // BLOCK_N, BLOCK_N, 1, 8
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -307,28 +332,28 @@ class _RMSNorm(torch.autograd.Function):
         M = h.numel() // N
         dx = h.new_empty(h.shape, dtype=ctx.x_dtype) if need_x or (need_residual and not ctx.mixed) else None
         dres = h.new_empty(h.shape) if need_residual and ctx.mixed else None  # else dx serves both
-        # Tiles of 8192 elements, one program an SM, loads two tiles ahead, or three where the mask cuts rows short (71
-        # us instead of 82 at 16384x2560), as far as shared memory goes
-        BLOCK_N = _block(N) if N <= 8192 else 4096
-        BLOCK_M = 8192 // BLOCK_N
         processors, room = 4, 0
         if h.is_cuda:
             properties = torch.cuda.get_device_properties(h.device)
             processors, room = properties.multi_processor_count, properties.shared_memory_per_block_optin or 65536
-        stage = 8192 * sum(t.element_size() for t in (h, dy, dh) if t is not None)
-        stages = min(3 + (N % BLOCK_N > 0), max((room - 16384) // stage, 0) + 1)
-        blocks = -(-N // BLOCK_N)
+        small = dh is None and h.element_size() + dy.element_size() == 4
+        BLOCK_M, BLOCK_N, pieces, num_warps = _backward_tile(N, small)
+        blocks = -(-N // (BLOCK_N * pieces))
         programs = min(-(-M // BLOCK_M), max(processors // blocks, 1))
+        # Loads two tiles ahead, or three where the mask cuts rows short, as far as shared memory goes: 71 us at
+        # 16384x2560, else 82
+        loaded = h, dy, dh, weight if N > 8192 else None
+        stage = 8192 * sum(t.element_size() for t in loaded if t is not None)
+        stages = min(3 + (N < BLOCK_N), max((room - 16384) // stage, 0) + 1)
         mean = None
-        if blocks > 1 and (need_x or need_residual):  # 320 us at 4096x32768; whole rows with sums of dw in L2 526
+        if blocks > 1 and (need_x or need_residual):
             mean = torch.empty_like(rstd)
-            stage = 8192 * sum(t.element_size() for t in (h, dy, weight) if t is not None)
-            scalars = _stride(h), _stride(dy), N, offset, 8192, min(3, room // stage + 1)
+            scalars = _stride(h), _stride(dy), N, offset, 8192, stages
             _enqueue(_rmsnorm_mean_kernel, M, (h, weight, rstd, dy, mean), scalars, num_warps=16)
         dw = h.new_empty(programs, N, dtype=torch.float32) if need_w else None
-        scalars = _stride(h), _stride(dy), _stride(dh), M, N, programs, offset, llama, BLOCK_M, BLOCK_N, stages
+        scalars = _stride(h), _stride(dy), _stride(dh), M, N, programs, offset, llama, BLOCK_M, BLOCK_N, pieces, stages
         tensors = h, weight, rstd, mean, dy, dh, dx, dres, dw
-        _enqueue(_rmsnorm_bwd_kernel, programs * blocks, tensors, scalars, num_warps=8)
+        _enqueue(_rmsnorm_bwd_kernel, programs * blocks, tensors, scalars, num_warps=num_warps)
         dres = dres if ctx.mixed or not need_residual else dx
         return dx if need_x else None, dres, _sum_rows(dw, weight.dtype) if need_w else None, None, None, None
 

@@ -30,56 +30,54 @@ except ImportError:  # no Triton on this platform: the twins serve every call
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-_SCALINGS = {  # rope_type: the entries that it needs
-    "default": (), "linear": ("factor",), "dynamic": ("factor", "original_max_position_embeddings"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}  # fmt: skip
-
 
 def _frequencies(seq_len, head_dim, base, scaling, device):
     """Angle per position of each pair, float64, and the factor on cos and sin, as transformers' ROPE_INIT_FUNCTIONS."""
     given = {name: value for name, value in (scaling or {}).items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _SCALINGS:
-        raise ValueError(f"scaling's rope_type must be one of {', '.join(_SCALINGS)}, got {kind!r}")
-    if "max_position_embeddings" in given:
-        trained = given.setdefault("original_max_position_embeddings", given["max_position_embeddings"])
+    if kind not in (kinds := ("default", "linear", "dynamic", "llama3", "yarn")):
+        raise ValueError(f"scaling's rope_type must be one of {', '.join(kinds)}, got {kind!r}")
+
+    def entry(name):
+        if name not in given:
+            raise ValueError(f"scaling of rope_type {kind!r} must have {name!r}, got {list(scaling)}")
+        return given[name]
+
+    if longest := given.get("max_position_embeddings"):
+        trained = given.setdefault("original_max_position_embeddings", longest)
         if kind == "yarn":
-            given.setdefault("factor", given["max_position_embeddings"] / trained)
-    if lacks := [name for name in _SCALINGS[kind] if name not in given]:
-        raise ValueError(f"scaling of rope_type {kind!r} must have {', '.join(map(repr, lacks))}, got {list(scaling)}")
-    factor, trained = given.get("factor"), given.get("original_max_position_embeddings")
+            given.setdefault("factor", longest / trained)
+    factor = 1.0 if kind == "default" else entry("factor")
+    if not factor > 0:
+        raise ValueError(f"scaling's factor must be positive, got {factor}")
+    trained = entry("original_max_position_embeddings") if kind in kinds[2:] else None
     base, dim = given.get("rope_theta", base), int(head_dim * given.get("partial_rotary_factor", 1.0))
-    if dim < 2 or dim % 2:
-        raise ValueError(f"head_dim must be a positive even number, got {dim}")
+    least = 4 if kind == "dynamic" else 2
+    if dim < least or dim % 2:
+        raise ValueError(f"head_dim must be an even number, {least} at least, got {dim}")
     if not base > 0:
         raise ValueError(f"base must be positive, got {base}")
     if kind == "dynamic" and seq_len > trained:
-        if dim == 2:
-            raise ValueError("head_dim must be 4 at least where scaling is dynamic, got 2")
         base = base * (factor * seq_len / trained - (factor - 1)) ** (dim / (dim - 2))
     inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    keep, attention_factor = 1.0, 1.0  # how much of each frequency is kept; the rest is divided by the factor
     if kind == "linear":
-        inv_freq = inv_freq / factor
-    elif kind == "llama3":  # long waves are stretched by the factor, short ones kept, those between blended
-        low, high = given["low_freq_factor"], given["high_freq_factor"]
-        blend = ((trained * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        inv_freq = (1 - blend) * inv_freq / factor + blend * inv_freq
-    if kind != "yarn":
-        return inv_freq, 1.0
-    # the pairs that turn beta_fast and beta_slow times within the trained length; between them the stretching sets in
-    turns = given.get("beta_fast") or 32, given.get("beta_slow") or 1
-    low, high = (dim * math.log(trained / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
-    if given.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = torch.arange(dim // 2, dtype=torch.float64, device=device) - low
-    ramp = (ramp / (high - low if high != low else 0.001)).clamp(0, 1)
-    grow = 0.1 * math.log(max(factor, 1))
-    m, m_all = given.get("mscale"), given.get("mscale_all_dim")
-    attention_factor = (m * grow + 1) / (m_all * grow + 1) if m and m_all else grow + 1
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), given.get("attention_factor", attention_factor)
+        keep = 0.0
+    elif kind == "llama3":
+        low, high = entry("low_freq_factor"), entry("high_freq_factor")
+        keep = ((trained * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    elif kind == "yarn":  # low and high: the pairs that turn beta_fast and beta_slow times within the trained length
+        turns = given.get("beta_fast") or 32, given.get("beta_slow") or 1
+        low, high = (dim * math.log(trained / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
+        if given.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        pairs = torch.arange(dim // 2, dtype=torch.float64, device=device)
+        keep = 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
+        grow, m, m_all = 0.1 * math.log(max(factor, 1)), given.get("mscale"), given.get("mscale_all_dim")
+        attention_factor = (m * grow + 1) / (m_all * grow + 1) if m and m_all else grow + 1
+        attention_factor = given.get("attention_factor", attention_factor)
+    return keep * inv_freq + (1 - keep) * inv_freq / factor, attention_factor
 
 
 def build_rope_cache(
@@ -96,16 +94,16 @@ def build_rope_cache(
     """
     if seq_len < 0:
         raise ValueError(f"seq_len must not be negative, got {seq_len}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
     inv_freq, attention_factor = _frequencies(seq_len, head_dim, base, scaling, device)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), inv_freq)
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 
 
 def _rotary_dim(D, cos, rotary_dim):
-    if rotary_dim is not None:
-        return rotary_dim
     width = cos.shape[-1]
-    return 2 * width if 2 * width <= D and cos.dim() != 4 else width
+    return rotary_dim if rotary_dim is not None else 2 * width if 2 * width <= D and cos.dim() != 4 else width
 
 
 def _turn(x, interleaved, turn):
@@ -145,7 +143,8 @@ def rope_torch(
 
     def rotate(x):
         y = _turn(x[..., :R], interleaved, lambda x0, x1: (x0 * c - x1 * s, x1 * c + x0 * s))
-        y = torch.cat((y.reshape(*x.shape[:-1], R), x[..., R:]), dim=-1)
+        # in float32: autocast's cat takes no 16 bits but its own
+        y = torch.cat((y.reshape(*x.shape[:-1], R).to(wide), x[..., R:].to(wide)), dim=-1).to(x.dtype)
         return x.copy_(y) if inplace else y
 
     return rotate(q), None if k is None else rotate(k)
@@ -163,7 +162,7 @@ def rope_pytorch(
         y = torch.view_as_complex(torch.stack((x0, x1), dim=-1)) * turns  # PyTorch 2.11 can't torch.complex DTensors
         return y.real, y.imag
 
-    return _turn(q, interleaved, turn), _turn(k, interleaved, turn)
+    return _turn(q, interleaved, turn), None if k is None else _turn(k, interleaved, turn)
 
 
 if triton is not None:
@@ -277,7 +276,7 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
         return
     device = torch._C._cuda_getDevice()
     kinds = [t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors]
-    key = kernel, device, scalars, *options.items(), *kinds
+    key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
         if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
@@ -293,6 +292,10 @@ def _kernel_serves(*tensors) -> bool:
     """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
     if triton is None:
         return False
+    if not torch.compiler.is_compiling() and (
+        torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
             (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
@@ -563,7 +566,9 @@ class RoPEAttention(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.n_heads, self.n_kv_heads = n_heads, n_heads if n_kv_heads is None else n_kv_heads
-        self.head_dim, self.dropout = d_model // n_heads, dropout
+        self.head_dim, self.dropout = d_model // max(n_heads, 1), dropout
+        if n_heads < 1:
+            raise ValueError(f"n_heads must be positive, got {n_heads}")
         if d_model % n_heads or self.head_dim % 2:
             raise ValueError(f"d_model must be n_heads ({n_heads}) times an even head_dim, got {d_model}")
         if self.n_kv_heads < 1 or n_heads % self.n_kv_heads:
@@ -582,6 +587,14 @@ class RoPEAttention(nn.Module):
             raise ValueError(f"x must be (B, S, {self.q_proj.in_features}), got shape {tuple(x.shape)}")
         if mask is not None and is_causal:
             raise ValueError("is_causal must be False where a mask is given")
+        if mask is not None:
+            if mask.dtype not in (torch.bool, torch.float32, x.dtype):
+                raise TypeError(f"mask must be bool, float32 or x's {x.dtype}, got {mask.dtype}")
+            scores = x.shape[0], self.n_heads, x.shape[1], x.shape[1]
+            if not 2 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1])):
+                raise ValueError(f"mask must broadcast to {scores}, got shape {tuple(mask.shape)}")
+            if mask.device != x.device:
+                raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.rope(q, k)
         out = F.scaled_dot_product_attention(

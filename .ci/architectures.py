@@ -125,7 +125,7 @@ def record(target):
             run(f"swiglu {activation}", lambda g, u: swiglu.swiglu_fused(g, u, activation), new(2048, 14336), new(2048, 14336))
         run("swiglu packed", lambda p: swiglu.swiglu_fused(p), new(2048, 28672))
         run("swiglu float32", lambda g, u: swiglu.swiglu_fused(g, u), new(2048, 14336, dtype=f32), new(2048, 14336, dtype=f32))
-        for M in (1, 8, 16, 32, 64, 100, 128, 256, 512, 2048, 8192):
+        for M in (1, 8, 16, 32, 64, 100, 128, 200, 256, 512, 2048, 8192):
             for dtype in (bf16, f32) if M in (1, 8, 64, 2048) else (bf16,):
                 run(f"gated MLP {M} rows {dtype}", lambda x, g, u: swiglu.fused_gated_mlp(x, g, u), new(M, 4096, dtype=dtype), new(14336, 4096, dtype=dtype), new(14336, 4096, dtype=dtype))
                 run(f"gated MLP {M} rows {dtype}, inference, packed", lambda x, w: swiglu.fused_gated_mlp(x, w), new(M, 4096, dtype=dtype, grad=False), new(28672, 4096, dtype=dtype, grad=False))
@@ -142,7 +142,7 @@ def record(target):
                 ids = new(4, 4096, dtype=torch.int64)
                 run("rope transposed, partial, positions", lambda q, k: rope.apply_rope(q, k, cos[:, :32], sin[:, :32], position_ids=ids, rotary_dim=64),
                     new(4, 32, 4096, D).transpose(1, 2), new(4, 8, 4096, D).transpose(1, 2))  # fmt: skip
-        for M in (1, 8, 16, 32, 33, 64, 100, 128, 256, 512, 2048, 8192):
+        for M in (1, 8, 16, 32, 33, 64, 100, 128, 192, 256, 300, 512, 640, 2048, 8192):
             for K, N in ((4096, 14336), (14336, 4096), (4096, 4096)):
                 w8, s = new(N, K, dtype=torch.int8), new(N, dtype=f32, grad=False)
                 for w8a8 in (False, True):
@@ -198,10 +198,10 @@ def build(job):
 
 def table_rows(target):
     """The rows of the suite's table that go to this target's neighbour and are not compiled by the suite itself for it."""
-    program = "import json, test_kernels as t; print('ROWS' + json.dumps([t.AOT, t.TARGETS]))"
+    program = "import json, test_kernels as t; print(json.dumps([t.AOT, t.TARGETS]))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     near, jobs = TARGETS[target][2], []
-    rows, everywhere = json.loads(done.stdout.split("ROWS")[-1])
+    rows, everywhere = json.loads(done.stdout.splitlines()[-1])
     for module, name, signature, constants, warps, targets, options in rows:
         compiled_there = targets or everywhere
         if target not in compiled_there and (not targets or target in targets or near in targets):
