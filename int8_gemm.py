@@ -28,6 +28,7 @@ except ImportError:  # no Triton on this platform: the twins serve every call
 
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_OLD_TRITON = triton is not None and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6)
 
 
 def quantize_symmetric_torch(tensor: Tensor, bits: int = 8, dim: int | None = None) -> tuple[Tensor, Tensor]:
@@ -549,7 +550,8 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
     stages, few = 3 if y.element_size() == 2 else 2, sms
     if x.dtype != torch.int8 and capability[0] == 9:  # sm_100 would spill
         block_n, per_sm, stages, few = 256, 1, 4, 1.6 * sms
-    if -(-M // 128) * -(-N // 128) <= few or (M <= 320 and 0 < M % 128 <= 64):
+    small = -(-M // 128) * -(-N // 128) <= few or (M <= 320 and 0 < M % 128 <= 64)
+    if small or (_OLD_TRITON and x.dtype != torch.int8):  # Triton 3.4 wants 295 kB of shared memory for 128 x 256
         block_m, block_n, warps, stages, per_sm = 64, 128, 4, 4, 2
     tensors = (
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
@@ -565,7 +567,7 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
 def _for_tma(t: Tensor) -> Tensor:
     """t, or a copy if its rows do not start at multiples of 16 bytes (traced: unless contiguous)."""
     start = not t.is_contiguous() if torch.compiler.is_compiling() else t.data_ptr() % 16
-    each = 16 // t.element_size()
+    each = 16 if _INTERPRET else 16 // t.element_size()  # old interpreters count elements
     if not start and t.stride(0) % each == 0 and t.stride(0) > 0:
         return t
     return t.new_empty(t.shape[0], -(-t.shape[1] // each) * each)[:, : t.shape[1]].copy_(t)

@@ -3155,6 +3155,8 @@ for _type, _targets in [("*fp32", None), ("*fp16", (75,)), ("*bf16", (75,))]:  #
 for _type, _block_k in [("i8", 128), ("bf16", 64), ("fp16", 64)]:
     for _target, _block_m, _block_n, _warps, _stages in [(90, 128, 128 if _type == "i8" else 256, 8, 3 if _type == "i8" else 4), (100, 128, 128, 8, 3),
                                                          (90, 64, 128, 4, 4), (100, 64, 128, 4, 4)]:  # fmt: skip
+        if int8_gemm._OLD_TRITON and _type != "i8" and _block_m == 128:
+            continue  # not taken there
         _int8_aot("_gemm_tma_kernel", dict(BLOCK_M=_block_m, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (_target,), _stages,
                   x_desc=f"tensordesc<{_type}[{_block_m},{_block_k}]>", w_desc=f"tensordesc<{_type}[{_block_n},{_block_k}]>",
                   y_desc=f"tensordesc<bf16[{_block_m},{_block_n // 2}]>")  # fmt: skip
@@ -3386,6 +3388,8 @@ def test_fp8_quantiser_edges():
         x[:, 5], x[:, 6], x[:, 7] = float("nan"), float("inf"), -float("inf")
         for quantise in (fp8_gemm.quantize_fp8, fp8_gemm.quantize_fp8_torch, fp8_gemm._quantize_fp8_triton):
             q, s = quantise(x, granularity)
+            if int8_gemm._OLD_TRITON and not GPU and quantise is fp8_gemm._quantize_fp8_triton:
+                continue  # that interpreter loses NaN in a maximum, and neighbours with it
             assert ((s == scale) | s.isnan()).all()
             if GPU or quantise is not fp8_gemm._quantize_fp8_triton:  # the interpreter makes 384 of NaN; an old one's max is NaN
                 assert torch.equal(s, scale)
@@ -6843,6 +6847,8 @@ def test_ahead_of_time_products(aot_results):
             continue
         units = " ".join(result["units"])
         assert ("cp.async.bulk.tensor" in units) == any("tensordesc" in str(v) for v in signature.values()), (kernel, target, units)  # TMA
+        if int8_gemm._OLD_TRITON and target in (100, 120):
+            continue  # float32 in TF32, fp8 in float16: see .ci/versions
         if target == 75 or (constants.get("IEEE") and not isinstance(target, str)):
             assert "mma" not in units, (kernel, target, units)  # float32, and all types on Turing
             continue
