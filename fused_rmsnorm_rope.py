@@ -102,13 +102,21 @@ if triton is not None:
             tl.store(rows + D // 2 + cols, y1, mask & (cols < D // 2))
 
     @triton.jit
-    def _load_tokens(
-        first, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_cb, stride_cs, stride_pb, tokens, S, rows,
-        D: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr
-    ):  # fmt: skip
-        """Of BLOCK_T tokens (t, 1, 1): number, whether it is there, where its row of x starts, cos and sin."""
+    def _tokens(first, tokens, S, stride_xb, stride_xs, BLOCK_T: tl.constexpr):
+        """Of BLOCK_T tokens (t, 1, 1): number, whether it is there and where its row of x starts."""
         token = first + tl.arange(0, BLOCK_T)[:, None, None]
-        mask, b, s = token < tokens, (token // S).to(tl.int64), (token % S).to(tl.int64)
+        x_at = (token // S).to(tl.int64) * stride_xb + (token % S).to(tl.int64) * stride_xs
+        return token, token < tokens, x_at
+
+    # Apart from _tokens: of a call that returns what a store's address is made of, torch.compile takes every tensor for
+    # written, and copies it
+    @triton.jit
+    def _load_tables(
+        token, mask, cos_ptr, sin_ptr, position_ptr, stride_cb, stride_cs, stride_pb, S, rows,
+        D: tl.constexpr, HALF: tl.constexpr
+    ):  # fmt: skip
+        """cos and sin (t, 1, HALF) of the tokens."""
+        b, s = (token // S).to(tl.int64), (token % S).to(tl.int64)
         cols = tl.arange(0, HALF)[None, None, :]
         at, known = b * stride_cb + s * stride_cs, mask
         if position_ptr is not None:
@@ -118,7 +126,7 @@ if triton is not None:
         sin = tl.load(sin_ptr + at + cols, mask & known & (cols < D // 2), 0.0).to(tl.float32)
         if position_ptr is not None:
             cos = tl.where(known | (mask == 0), cos, float("nan"))  # a position outside the tables
-        return token.to(tl.int64), mask, b * stride_xb + s * stride_xs, cos, sin
+        return cos, sin
 
     @triton.jit
     def _load_weights(
@@ -151,16 +159,16 @@ if triton is not None:
         blocks_q = 1 if WHOLE else tl.cdiv(Hq, BLOCK_H)
         blocks = blocks_q + tl.cdiv(Hk, BLOCK_H)
         block = tl.program_id(0) % blocks
-        token, mask, x_at, cos, sin = _load_tokens(
-            tl.program_id(0) // blocks * BLOCK_T, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_cb,
-            stride_cs, stride_pb, tokens, S, rows, D, HALF, BLOCK_T
-        )  # fmt: skip
+        token, mask, x_at = _tokens(tl.program_id(0) // blocks * BLOCK_T, tokens, S, stride_xb, stride_xs, BLOCK_T)
+        cos, sin = _load_tables(
+            token, mask, cos_ptr, sin_ptr, position_ptr, stride_cb, stride_cs, stride_pb, S, rows, D, HALF
+        )
         for part in tl.static_range(1 if k_ptr is None else 2):  # each compiled for its own number of heads
             first = blocks_q if part == 1 else 0
             if (block >= first) & (block < (blocks if part == 1 else blocks_q)):
                 H = Hk if part == 1 else Hq
                 x_row = x_ptr + x_at + (Hq * D if part == 1 else 0)
-                y_row = (k_ptr if part == 1 else q_ptr) + token * H * D
+                y_row = (k_ptr if part == 1 else q_ptr) + token.to(tl.int64) * H * D
                 w_ptr = k_weight_ptr if part == 1 else q_weight_ptr
                 heads = (block - first) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
                 x0, x1 = _load_pairs(x_row + heads * D, mask & (heads < H), D, HALF, INTERLEAVED, "")
@@ -224,10 +232,11 @@ if triton is not None:
                 w_ptr, heads if WHOLE or HALF > 64 else one, H, offset, D, HALF, INTERLEAVED, WHOLE
             )
             for tile in tl.range(first, tl.cdiv(tokens, BLOCK_T) * blocks, programs, num_stages=STAGES):
-                token, mask, x_at, cos, sin = _load_tokens(
-                    tile // blocks * BLOCK_T, cos_ptr, sin_ptr, position_ptr, stride_xb, stride_xs, stride_cb,
-                    stride_cs, stride_pb, tokens, S, rows, D, HALF, BLOCK_T
-                )  # fmt: skip
+                token, mask, x_at = _tokens(tile // blocks * BLOCK_T, tokens, S, stride_xb, stride_xs, BLOCK_T)
+                cos, sin = _load_tables(
+                    token, mask, cos_ptr, sin_ptr, position_ptr, stride_cb, stride_cs, stride_pb, S, rows, D, HALF
+                )
+                token = token.to(tl.int64)
                 at = (tile % blocks * BLOCK_H + heads) * D
                 mask &= tile % blocks * BLOCK_H + heads < H
                 x0, x1 = _load_pairs(x_ptr + x_at + before + at, mask, D, HALF, INTERLEAVED, "")

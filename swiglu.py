@@ -412,12 +412,16 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
     out = x.new_empty(M, I, dtype=dtype)
     made = [out, x.new_empty(M, I), x.new_empty(M, I)] if save else [out, None, None]
     if M > 1 and _descriptors_serve(x, gate_weight, up_weight, out):
-        compiling = torch.compiler.is_compiling()
-        # One descriptor spans both weights, however far apart they lie, which a compiled call can't ask: there a copy
-        # (115 us at 4096 x 14336) pays from some 1000 rows on, and below them the kernel without descriptors serves
-        if up_weight is not None and compiling and M > 1024:
-            gate_weight, up_weight = torch.cat((gate_weight, up_weight)), None
-        if up_weight is None or (not compiling and gate_weight.stride() == up_weight.stride()):
+        # One descriptor spans both weights where their strides agree and they lie less than a stride's limit apart (2^40
+        # bytes: memory of two kinds of allocation lies farther), which a compiled call can't ask. Without it a copy (115
+        # us at 4096 x 14336) pays from some 1000 rows on; below them the kernel without descriptors serves
+        near = up_weight is None or (
+            not torch.compiler.is_compiling() and gate_weight.stride() == up_weight.stride()
+            and abs(up_weight.data_ptr() - gate_weight.data_ptr()) < 2**40
+        )  # fmt: skip
+        if not near and M > 1024:
+            gate_weight, up_weight, near = torch.cat((gate_weight, up_weight)), None, True
+        if near:
             _gated_mlp_tma(x, gate_weight, up_weight, made, activation)
             return made
     if up_weight is None:
