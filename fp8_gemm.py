@@ -267,10 +267,11 @@ if triton is not None:
 
     @triton.jit
     def _add_scaled(acc, x, scale):
-        if _ASM:  # volatile: a compiler that moves it behind the start of the next product runs out of registers
+        if _ASM:  # it stays in its place: moved behind the start of the next product, it runs out of registers
             args = [x, tl.broadcast_to(scale[:, None], x.shape), acc]
+            # pure: the same machine code, and of what is not, torch.compile thinks that it writes every tensor
             return tl.inline_asm_elementwise(
-                "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", args, dtype=tl.float32, is_pure=False, pack=1
+                "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", args, dtype=tl.float32, is_pure=True, pack=1
             )
         return acc + x * scale[:, None]
 
@@ -380,7 +381,7 @@ def _kernel_serves(*tensors) -> bool:
         return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
-            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # with `is` torch 2.8's dynamo errs
             or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
         ):  # fmt: skip
             return False
@@ -436,7 +437,8 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=_FP8, device=x.device)
     if granularity == "tensor":
         scale = torch.empty((), dtype=torch.float32, device=x.device)
-        parts = min(1 << (-(-numel // 8192) - 1).bit_length(), 1024)
+        # bit_length would make a constant of numel, so that torch.compile compiles anew for each
+        parts = 1024 if torch.compiler.is_compiling() else min(1 << (-(-numel // 8192) - 1).bit_length(), 1024)
         amax = torch.empty(parts, dtype=torch.float32, device=x.device)
         tensors = rows.contiguous(), q, amax, scale
         _enqueue(_amax_kernel, parts, tensors[::2], (numel, 8, 1024), num_warps=4)
@@ -498,8 +500,19 @@ def _aligned(t: Tensor) -> bool:
     return not start and 0 < t.stride(0) and t.stride(0) % 16 == 0
 
 
-def _tiles(y: Tensor, block_m: int, block_n: int) -> int:
-    return -(-y.shape[0] // block_m) * -(-y.shape[1] // block_n)
+def _tiles(M: int, N: int, block_m: int, block_n: int) -> int:
+    return -(-M // block_m) * -(-N // block_n)
+
+
+def _rule_rows(M: int) -> int:
+    """The M that the launch rules go by. In place of a symbol one of few numbers: torch.compile compiles anew for each
+    that they tell apart, and gives up after eight."""
+    if not torch.compiler.is_compiling() or torch.fx.experimental.symbolic_shapes.has_static_value(M):
+        return M
+    for rows in (16, 64, 128, 256, 768):
+        if M <= rows:
+            return rows
+    return 4096
 
 
 def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, widen=None) -> Tensor:
@@ -518,8 +531,9 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         0 if b_scale.numel() == 1 else b_scale.stride(1), b_scale.stride(0) if blocks else 0,
     )  # fmt: skip
     promote, has_bias = blocks or not fast_accum, bias is not None
-    hopper, few = capability[0] == 9 and not widen, promote and _tiles(y, 128, 64) <= 2 * sms
-    if M > 64 and hopper and not few and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
+    rows = _rule_rows(M)
+    hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms
+    if rows > 64 and hopper and not few and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
         _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
         return y
     if widen:
@@ -534,19 +548,19 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         return y
     ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
     if ieee:
-        block_m, block_n, block_k, warps, stages = 32 if M > 16 else 16, 64, 128 if blocks else 32, 4, 2
-    elif M <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
-        block_m, block_n, block_k, warps = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4
+        block_m, block_n, block_k, warps, stages = 32 if rows > 16 else 16, 64, 128 if blocks else 32, 4, 2
+    elif rows <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
+        block_m, block_n, block_k, warps = 16 if rows <= 16 else 32 if rows <= 32 else 64, 64, 128, 4
         stages = 3 if widen or capability[0] not in (9, 10) else 6  # others have 100 kB or less
         if not (widen or promote) and N <= 64 * sms:
             block_k = 256  # us, M = 16: 23 and not 31 at 14336 x 4096, 8.4 and not 10.1 at 4096 x 4096
-        elif stages == 6 and M <= 32 and not 128 * sms < N <= 192 * sms:  # there 3 programs with 6 fit: all run at once
+        elif stages == 6 and rows <= 32 and not 128 * sms < N <= 192 * sms:  # there 3 programs with 6 fit: all at once
             stages = 8  # us, M = 8, promoted: 28 and not 32 at 14336 x 4096, 44 and not 50 at 5120 x 27648
     elif promote and hopper:
         # Small tiles give work to each SM. us, block scales, M = 100: 42 and not the 82 of 128 x 128 at 14336 x 4096,
         # 26 and not 35 at 4096 x 14336, 15 and not 25 at 4096 x 4096; M = 512 at 14336 x 4096: 65 and not 81
-        block_m, block_n, block_k, warps = 64 if _tiles(y, 64, 64) <= sms else 128, 64, 128, 4
-        stages = 6 if _tiles(y, block_m, 64) <= sms else 4
+        block_m, block_n, block_k, warps = 64 if _tiles(rows, N, 64, 64) <= sms else 128, 64, 128, 4
+        stages = 6 if _tiles(rows, N, block_m, 64) <= sms else 4
     else:
         block_m, block_n, block_k, warps, stages = (64, 64, 128, 8, 2) if blocks else (128, 128, 64, 8, 3)
     scalars = (
@@ -554,7 +568,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         block_n, block_k, stages
     )  # fmt: skip
     tensors = a, b, a_scale, b_scale, bias, y
-    _enqueue(_gemm_kernel, _tiles(y, block_m, block_n), tensors, scalars, num_warps=warps, num_stages=stages)
+    _enqueue(_gemm_kernel, _tiles(M, N, block_m, block_n), tensors, scalars, num_warps=warps, num_stages=stages)
     return y
 
 
@@ -572,18 +586,18 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
             ((128, 128, 4, 6, 1), 350, 1300),
             ((64, 128, 4, 7, 1), 250, 1200),
         ):
-            time = -(-(-(-M // t[0]) * -(-N // t[1])) // sms) * (-(-K // 128) * step + end)
+            time = -(-_tiles(_rule_rows(M), N, *t[:2]) // sms) * (-(-K // 128) * step + end)
             if least is None or time < least:
                 tile, least = t, time
     block_m, block_n, warps, stages, per_sm = tile
-    rows = block_m // 2 if promote else block_m
+    half = block_m // 2 if promote else block_m
     # block scales: a program a tile, 2 % faster than a fixed number of programs
-    programs = _tiles(y, block_m, block_n)
+    programs = _tiles(M, N, block_m, block_n)
     programs = programs if blocks else min(per_sm * sms, programs)
     tensors = (
-        TensorDescriptor.from_tensor(a, [rows, 128]),
+        TensorDescriptor.from_tensor(a, [half, 128]),
         TensorDescriptor.from_tensor(w, [block_n, 128]),
-        TensorDescriptor.from_tensor(y, [rows, block_n // 2]),
+        TensorDescriptor.from_tensor(y, [half, block_n // 2]),
         a_scale, b_scale, bias,
     )  # fmt: skip
     scalars = M, N, K, *strides, blocks, promote, bias is not None, block_m, block_n, 128
@@ -793,7 +807,9 @@ class FP8Linear(nn.Module):
                 self._cache = None  # a step may follow, and a fused optimizer's does not change the weight's version
         else:
             quantized = self._cached_weight(weight)
-        rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        # torch 2.11 with dynamic=True fails in training where K was symbolic: compiled, 2-D x is given its K anew, too
+        as_is = x.ndim == 2 and not torch.compiler.is_compiling()
+        rows = x if as_is else x.reshape(-1, self.in_features)
         if weight_trains or training and (x.requires_grad or bias is not None and bias.requires_grad):
             y = _FP8Linear.apply(rows, weight, bias, *quantized, self.granularity)
         else:

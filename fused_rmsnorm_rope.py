@@ -309,7 +309,7 @@ def _kernel_serves(*tensors) -> bool:
         return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
-            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
             or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
         ):  # fmt: skip
             return False
@@ -430,7 +430,7 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {shape}, got {tuple(sin.shape)}")
     widths, rows = (D,) if dims == 4 else (D // 2, D), shape[0 if dims == 2 else 1]
-    if shape[-1] not in widths:
+    if not any(shape[-1] == w for w in widths):  # `in` fails on the symbols that torch.compile makes of sizes
         raise ValueError(f"cos must be {' or '.join(map(str, widths))} wide for head_dim {D}, got {shape[-1]}")
     if position_ids is None:
         if rows < S:
@@ -492,9 +492,9 @@ def fused_rmsnorm_rope(
     if weight.dim() != 1 or not weight.shape[0]:
         raise ValueError(f"weight must be (H * D,) or (D,), got shape {tuple(weight.shape)}")
     width, D = x.shape[-1], _head_dim(x, weight, cos, num_heads)
-    if D < 2 or D % 2 or width % D or num_heads not in (None, width // D):
+    if D < 2 or D % 2 or width % D or (num_heads is not None and num_heads * D != width):
         raise ValueError(f"num_heads must divide x's width {width} into even head_dims, got {num_heads}: head_dim {D}")
-    if weight.shape[0] not in (D, width):
+    if weight.shape[0] != D and weight.shape[0] != width:
         raise ValueError(f"weight must have shape ({width},) or ({D},), got {tuple(weight.shape)}")
     return _dispatch(x, weight, None, cos, sin, position_ids, width // D, 0, D, eps, offset, interleaved)
 

@@ -248,7 +248,7 @@ def _kernel_serves(*tensors) -> bool:
         return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
-            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
             or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
         ):  # fmt: skip
             return False

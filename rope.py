@@ -298,7 +298,7 @@ def _kernel_serves(*tensors) -> bool:
         return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
-            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
             or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
         ):  # fmt: skip
             return False
@@ -376,11 +376,11 @@ class _RoPE(torch.autograd.Function):
             ctx.set_materialize_grads(False)  # an output that nothing uses costs no launch
         outs = _launch(q, k, cos, sin, position_ids, R, interleaved, theta)
         ctx.mark_non_differentiable(*(y for x, y in zip((q, k), outs) if y is not None and not x.requires_grad))
-        return outs
+        return outs if k is not None else outs[:1]  # torch.compile has no gradient for an output of None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq, dk):
+    def backward(ctx, dq, dk=None):
         cos, sin, position_ids = ctx.saved_tensors
         dq, dk = (d if needed else None for d, needed in zip((dq, dk), ctx.needs_input_grad))
         if dq is not None or dk is not None:
@@ -470,7 +470,7 @@ def apply_rope(
             q, k, cos, sin, interleaved=interleaved, position_ids=position_ids, rotary_dim=R, inplace=inplace
         )
     if gradients and (q.requires_grad or (k is not None and k.requires_grad)):
-        return _RoPE.apply(q, k, cos, sin, position_ids, R, interleaved, None)
+        return (*_RoPE.apply(q, k, cos, sin, position_ids, R, interleaved, None), None)[:2]
     return _launch(q, k, cos, sin, position_ids, R, interleaved, inplace=inplace)
 
 
@@ -509,7 +509,7 @@ def rope_triton(
     if not q.numel() or not _kernel_serves(q, k):
         return rope_pytorch(q, k, seq_len, theta, interleaved=interleaved)
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
-        return _RoPE.apply(q, k, None, None, None, q.shape[-1], interleaved, float(theta))
+        return (*_RoPE.apply(q, k, None, None, None, q.shape[-1], interleaved, float(theta)), None)[:2]
     return _launch(q, k, None, None, None, q.shape[-1], interleaved, float(theta))
 
 

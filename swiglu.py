@@ -264,7 +264,7 @@ def _kernel_serves(*tensors) -> bool:
         return False  # forward-mode derivatives, torch.func and vmap go through the twins
     for t in tensors:
         if t is not None and (
-            (type(t) is not Tensor and type(t) is not nn.Parameter) or t.dtype == torch.float64
+            type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
             or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
         ):  # fmt: skip
             return False
@@ -397,10 +397,10 @@ def _descriptors_serve(*tensors) -> bool:
     ):
         return False
     for t in tensors:
-        # data_ptr() can't be traced: the compiler aligns its own buffers and asks the same of its inputs
+        # data_ptr() can't be traced: the compiler aligns its own buffers and its inputs, though not their views
         if t is not None and (
             t.element_size() != 2 or t.stride(0) % (16 if _INTERPRET else 8) or t.stride(0) < t.shape[1]
-            or (not torch.compiler.is_compiling() and t.data_ptr() % 16)
+            or (not t.is_contiguous() if torch.compiler.is_compiling() else t.data_ptr() % 16)
         ):  # fmt: skip
             return False
     return True
@@ -412,9 +412,9 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
     out = x.new_empty(M, I, dtype=dtype)
     made = [out, x.new_empty(M, I), x.new_empty(M, I)] if save else [out, None, None]
     if M > 1 and _descriptors_serve(x, gate_weight, up_weight, out):
-        # One descriptor spans both weights where their strides agree and they lie less than a stride's limit apart (2^40
-        # bytes: memory of two kinds of allocation lies farther), which a compiled call can't ask. Without it a copy (115
-        # us at 4096 x 14336) pays from some 1000 rows on; below them the kernel without descriptors serves
+        # One descriptor spans both weights where strides agree and they lie nearer than a stride reaches (2^40 bytes:
+        # not all of a GPU's memory has near addresses), which a compiled call can't ask. Without it a copy (115 us at
+        # 4096 x 14336) pays from some 1000 rows on; below them the kernel without descriptors serves
         near = up_weight is None or (
             not torch.compiler.is_compiling() and gate_weight.stride() == up_weight.stride()
             and abs(up_weight.data_ptr() - gate_weight.data_ptr()) < 2**40

@@ -82,6 +82,7 @@ MUTATIONS = [
     ("gated MLP: last step of K skipped", "swiglu.py", "for k in range(0, tl.cdiv(K, BLOCK_K)):", "for k in range(0, K // BLOCK_K):", "test_gated"),
     ("gated MLP: frozen x gets a gradient, x does not", "swiglu.py", "dx = dgate @ gate_weight if ctx.needs_input_grad[0] else None",
      "dx = None if ctx.needs_input_grad[0] else dgate @ gate_weight", "test_gated"),
+    ("gated MLP: one descriptor, however far apart", "swiglu.py", "gate_weight.data_ptr()) < 2**40", "gate_weight.data_ptr()) < 2**62", "test_gated"),
     ("gated MLP: columns between two launches left out", "swiglu.py", "up_weight, made, activation, end)\n", "up_weight, made, activation, end + 8)\n", "test_gated", "gpu"),
     ("swiglu: a strided gradient", "swiglu.py", "_swiglu_backward(_rows(dout), gate, up, d, None", "_swiglu_backward(dout, gate, up, d, None", "test_gated or test_trust_gradients_of"),
     # ---- int8
@@ -116,6 +117,7 @@ MUTATIONS = [
      "test_fp8_linear"),
     ("fp8: bias gets no gradient from an inference layer", "fp8_gemm.py", "        if ctx.needs_input_grad[2]:\n", "        if ctx.needs_input_grad[1]:\n",
      "test_fp8_linear or test_trust_fp8"),
+    ("fp8: torch.compile takes inputs for written", "fp8_gemm.py", "is_pure=True", "is_pure=False", "test_ahead_of_time_writes"),
     # ---- device.py
     ("device: fp8 from 8.0 on", "device.py", "(8, 9)", "(8, 0)", "test_device"),
     # ---- what only a GPU shows
