@@ -449,29 +449,31 @@ def _gated_mlp_tma(x, gate_weight, up_weight, made, activation):
     # H200, 4096 x 14336 bf16, us beside cuBLAS + swiglu_fused (separate or packed weights, the faster): M = 16 66 (70),
     # 64 68 (71), 128 73 (76), 256 93 (95), 512 160 (168), 1000 311 (326), 2048 659 (696), 8192 2811 (2961)
     (M, K), I = x.shape, made[0].shape[1]
-    if M <= 64:  # the weights' bytes: many small programs
-        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = (16, 32, 128, 4, 3) if M <= 16 else (64, 64, 64, 4, 3)
+    # the weights' bytes: small programs, for M = 64 and 3584 x 18944 79 us, in steps of 64 and three stages 92
+    if M <= 64:
+        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = (16, 32, 128, 4, 3) if M <= 16 else (64, 64, 128, 4, 4)
     else:  # 128 x 256 with both weights: what the tensor cores like best
         BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = 128, 128, 64, 8, 4
     end, tiles_m = I, triton.cdiv(M, BLOCK_M)
     programs = tiles_m * triton.cdiv(I, BLOCK_I)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    if not torch.compiler.is_compiling():  # there M may be a symbol
+        # cuBLAS has tiles that fit where ours would leave processors idle: everything, where columns are few (7168 x
+        # 2048, M = 4, 64, 128: 23, 24, 25 us, not 42, 32, 40) or a fifth of the tiles' rows lies past M (77 us, not 95,
+        # at M = 136, 120, not 135, at 300), or the last wave of tiles (126, not 135, at M = 384, 231, not 257, at 768)
+        waves, last = divmod(programs, processors)
+        few = I <= 16 * processors and K >= 2048 and M <= (128 if up_weight is None else 16)
+        if x.is_cuda and (few or (128 < M <= 384 and M < 0.8 * BLOCK_M * tiles_m)):
+            end = 0
+        elif M > 64 and 2 * programs <= processors:  # 30 us instead of 44 at 256 x 4096 x 4096
+            BLOCK_I, stages = 64, 6
+        elif x.is_cuda and M > 64 and last < 0.75 * processors:
+            end = waves * processors // tiles_m * BLOCK_I
+        if end < I:
+            _gated_mlp_rest(x, gate_weight, up_weight, made, activation, end)
+        if not end:
+            return
     if M > 64:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-        if not torch.compiler.is_compiling():  # there M may be a symbol
-            # cuBLAS has tiles that fit where ours would leave processors idle: everything, where a fifth of the tiles'
-            # rows lie past M (77 us instead of 95 at M = 136, 120 instead of 135 at 300), or the last wave of tiles
-            # (126 us instead of 135 at M = 384, 231 instead of 257 at 768)
-            waves, last = divmod(programs, processors)
-            if x.is_cuda and 128 < M <= 384 and M < 0.8 * BLOCK_M * tiles_m:
-                end = 0
-            elif 2 * programs <= processors:  # 30 us instead of 44 at 256 x 4096 x 4096
-                BLOCK_I, stages = 64, 6
-            elif x.is_cuda and last < 0.75 * processors:
-                end = waves * processors // tiles_m * BLOCK_I
-            if end < I:
-                _gated_mlp_rest(x, gate_weight, up_weight, made, activation, end)
-            if not end:
-                return
         programs = min(tiles_m * triton.cdiv(end, BLOCK_I), processors)
     box, first = [2, BLOCK_I, BLOCK_K], gate_weight
     if up_weight is None:

@@ -2379,6 +2379,17 @@ def test_gated_mlp_weights_far_apart(monkeypatch):
 
 
 @needs_gpu
+@pytest.mark.parametrize("rows", [4, 70])
+def test_gated_mlp_few_columns(rows):
+    """Where cuBLAS serves all of them."""
+    for act in swiglu._ACTIVATIONS:
+        args = _gated_inputs((rows, 2048), 40, torch.bfloat16)
+        check(swiglu, swiglu.fused_gated_mlp, swiglu.gated_mlp_torch, *args, activation=act)
+        packed = torch.cat([a.detach() for a in args[1:]]).requires_grad_()
+        check(swiglu, swiglu.fused_gated_mlp, swiglu.gated_mlp_torch, args[0], packed, activation=act)
+
+
+@needs_gpu
 def test_gated_mlp_compiled_views():
     """Rows that start at 8 bytes past a multiple of 16, which TMA can't read and a trace can't see."""
     h, weights = randn(70, 96, dtype=torch.bfloat16), randn(96, 96, dtype=torch.bfloat16) * 0.1
@@ -2516,8 +2527,8 @@ AOT += [
     _gated_aot("_gated_mlp_kernel", (75,), 8, 2, "fp16", IEEE=True, BLOCK_M=64, BLOCK_I=32, BLOCK_K=32),
     _gated_tma_aot(16, 32, 128, 4, 3, False),
     _gated_tma_aot(16, 32, 128, 4, 3, True),
-    _gated_tma_aot(64, 64, 64, 4, 3, False),
-    _gated_tma_aot(64, 64, 64, 4, 3, True),
+    _gated_tma_aot(64, 64, 128, 4, 4, False),
+    _gated_tma_aot(64, 64, 128, 4, 4, True),
     _gated_tma_aot(128, 128, 64, 8, 4, False),
     _gated_tma_aot(128, 128, 64, 8, 4, True),
 ]  # fmt: skip
@@ -2728,8 +2739,8 @@ def test_int8_gemm_waits_for_the_tensor_cores():
 
 def test_int8_gemm_routes_of_hopper(monkeypatch):
     """Every kernel that a Hopper's launch rule takes; elsewhere, told that it is one, the interpreter runs them."""
-    many_channels = [(5, 144, 70), (17, 144, 80), (70, 144, 80)]  # for one SM
-    few = [(1, 40, 70), (5, 40, 70), (17, 40, 70), (17, 40, 80), (40, 24, 144), (70, 40, 64), (601, 16, 16)]
+    many_channels = [(5, 144, 70), (17, 144, 80), (70, 144, 80), (300, 144, 16), (500, 144, 16)]  # for one SM
+    few = [(1, 40, 70), (5, 40, 70), (17, 40, 70), (17, 40, 80), (40, 24, 1040), (70, 40, 64), (601, 16, 16)]
     for sms, shapes in ((1, many_channels), (132, few)):
         if not GPU:
             monkeypatch.setattr(int8_gemm, "_gpu", lambda x, sms=sms: ((9, 0), sms))
@@ -3171,19 +3182,19 @@ def _int8_aot(kernel, constexprs, warps, targets=None, stages=None, **types):
 
 
 for _type in ("*bf16", "*fp32", "*i8"):
-    for _even, _block_k, _warps in [(True, 1024, 4), (False, 512, 2)]:
-        _int8_aot("_one_row_kernel", dict(EVEN_K=_even, BLOCK_N=4, BLOCK_K=_block_k), _warps, (75, 80, 90, 100, "gfx942"), x_ptr=_type)
-_int8_tile = dict(more_x_ptr=None, IEEE=False, PERMUTED=0, EVEN_K=True, SPLIT=1, MORE_M=0)
+    for _even, _block_n, _block_k, _warps in [(True, 4, 1024, 4), (False, 4, 512, 2), (False, 2, 2048, 4)]:
+        _int8_aot("_one_row_kernel", dict(EVEN_K=_even, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (75, 80, 90, 100, "gfx942"), x_ptr=_type)
+_int8_tile = dict(more_x_ptr=None, IEEE=False, PERMUTED=0, EVEN_K=True, FEW=False, SPLIT=1, MORE_M=0)
 for _type, _blocks, _warps, _stages, _targets in [
     ("*bf16", (16, 32, 128), 2, 6, None), ("*bf16", (16, 64, 256), 2, 3, (90, 100)), ("*fp16", (64, 64, 128), 4, 3, (80, 89, "gfx942")),
     ("*bf16", (64, 64, 128), 4, 4, (100,)), ("*bf16", (128, 64, 128), 8, 2, (80, 89, "gfx942")), ("*bf16", (128, 64, 128), 4, 3, (100,)),
     ("*i8", (16, 64, 128), 4, 3, None), ("*i8", (64, 64, 128), 4, 6, (90, 100)), ("*i8", (128, 128, 64), 8, 3, (80, 89, "gfx942")),
 ]:  # fmt: skip
-    _int8_aot("_gemm_kernel", dict(_int8_tile, BLOCK_M=_blocks[0], BLOCK_N=_blocks[1], BLOCK_K=_blocks[2]),
+    _int8_aot("_gemm_kernel", dict(_int8_tile, FEW=_blocks[0] == 16, BLOCK_M=_blocks[0], BLOCK_N=_blocks[1], BLOCK_K=_blocks[2]),
               _warps, _targets or (80, 89, 90, 100, "gfx942"), _stages, x_ptr=_type)  # fmt: skip
 for _type, _blocks, _warps, _stages, _split in [
     ("bf16", (32, 0, 64, 128), 4, 6, 1), ("fp16", (32, 0, 64, 128), 4, 5, 4), ("bf16", (32, 0, 128, 128), 8, 4, 1), ("bf16", (64, 0, 64, 128), 4, 5, 4),
-    ("bf16", (64, 0, 128, 128), 4, 4, 1), ("bf16", (128, 0, 64, 128), 4, 3, 2), ("bf16", (128, 0, 128, 64), 4, 4, 1), ("fp16", (256, 0, 64, 64), 4, 3, 1),
+    ("bf16", (64, 0, 128, 128), 4, 4, 1), ("bf16", (128, 0, 64, 128), 4, 3, 8), ("bf16", (128, 0, 128, 64), 4, 4, 1), ("fp16", (256, 0, 64, 64), 4, 3, 1),
     ("bf16", (256, 0, 64, 64), 4, 3, 1), ("fp16", (128, 64, 64, 64), 4, 4, 1), ("bf16", (128, 64, 64, 64), 4, 4, 2),
 ]:  # fmt: skip
     _m, _more, _n, _k = _blocks
@@ -3195,22 +3206,22 @@ for _type, _blocks, _warps, _stages, _split in [
 _int8_aot("_gemm_kernel", dict(_int8_tile, SPLIT=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128), 4, (90, 100), 6, x_ptr="*i8", y_ptr="*i32")
 for _type in ("*fp32", "*i32"):
     _int8_aot("_add_parts_kernel", dict(SPLIT=4, BLOCK_N=1024), 4, parts_ptr=_type)
-for _type, _stages, _targets in [("*bf16", 4, (90, 100)), ("*fp16", 4, (90, 100)), ("*fp16", 2, (80, 89, "gfx942")), ("*bf16", 2, (80, 89, "gfx942")),
-                                 ("*i8", 5, (90, 100)), ("*i8", 2, (80, 89, "gfx942"))]:  # fmt: skip
-    _int8_aot("_sliced_gemm_kernel", dict(EVEN_K=True, SLICES=2, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256), 2, _targets, _stages, x_ptr=_type)
+for _type, _slices, _stages, _targets in [("*bf16", 2, 4, (90, 100)), ("*fp16", 2, 4, (90, 100)), ("*fp16", 2, 2, (80, 89, "gfx942")), ("*bf16", 2, 2, (80, 89, "gfx942")),
+                                          ("*i8", 2, 5, (90, 100)), ("*i8", 2, 2, (80, 89, "gfx942")), ("*bf16", 4, 3, (90, 100)), ("*i8", 4, 3, (90, 100))]:  # fmt: skip
+    _int8_aot("_sliced_gemm_kernel", dict(EVEN_K=True, FEW=_slices == 2, SLICES=_slices, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256), _slices, _targets, _stages, x_ptr=_type)
 for _type, _targets in [("*fp32", None), ("*fp16", (75,)), ("*bf16", (75,))]:  # sm_75 multiplies 16 bits in float32
     for _block_m, _warps in [(16, 4), (32, 8)]:
         _int8_aot("_gemm_kernel", dict(_int8_tile, IEEE=True, BLOCK_M=_block_m, BLOCK_N=64, BLOCK_K=32), _warps, _targets, 2, x_ptr=_type)
 for _type, _block_k in [("i8", 128), ("bf16", 64), ("fp16", 64)]:
-    for _target, _block_m, _block_n, _warps, _stages in [(90, 128, 128 if _type == "i8" else 256, 8, 3 if _type == "i8" else 4), (100, 128, 128, 8, 3),
-                                                         (90, 64, 128, 4, 4), (100, 64, 128, 4, 4)]:  # fmt: skip
+    for _target, _block_m, _block_n, _warps, _stages in [*([(90, 128, 128, 8, 3)] if _type == "i8" else [(90, 128, 128, 4, 6), (90, 128, 256, 8, 4)]),
+                                                         (100, 128, 128, 8, 3), (90, 64, 128, 4, 4), (100, 64, 128, 4, 4)]:  # fmt: skip
         if int8_gemm._OLD_TRITON and _type != "i8" and _block_m == 128:
             continue  # not taken there
         _int8_aot("_gemm_tma_kernel", dict(BLOCK_M=_block_m, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (_target,), _stages,
                   x_desc=f"tensordesc<{_type}[{_block_m},{_block_k}]>", w_desc=f"tensordesc<{_type}[{_block_n},{_block_k}]>",
                   y_desc=f"tensordesc<bf16[{_block_m},{_block_n // 2}]>")  # fmt: skip
 for _long, _block_m, _block_k in [(False, 16, 128), (False, 1, 4096), (False, 1, 16384), (True, 1, 16384)]:
-    _int8_aot("_quantize_rows_kernel", dict(QMAX=127, LONG=_long, BLOCK_M=_block_m, BLOCK_K=_block_k), 4)
+    _int8_aot("_quantize_rows_kernel", dict(QMAX=127, LONG=_long, BLOCK_M=_block_m, BLOCK_K=_block_k), 8 if _block_k > 4096 else 4)
 _int8_aot("_quantize_flat_kernel", dict(QMAX=127, BLOCK=4096), 4)
 _int8_aot("_cast_rows_kernel", dict(PERMUTED=False, BLOCK_K=2048), 4, x_ptr="*i8")
 _int8_aot("_cast_rows_kernel", dict(scale_ptr=None, PERMUTED=False, BLOCK_K=2048), 4, (90, 100), x_ptr="*i8")
@@ -5846,13 +5857,13 @@ def test_trust_memory():
     for fn in (lambda: rmsnorm.rmsnorm(x, w), lambda: rmsnorm.rmsnorm_residual_fused(x, x, w, return_residual=True), lambda: swiglu.swiglu_fused(x, x),
                lambda: swiglu.swiglu_fused(x), lambda: rope.rope_triton(heads, heads), lambda: fused_rmsnorm_rope.fused_rmsnorm_rope(x[None], w, cos, sin, 1e-6, N // 64)):  # fmt: skip
         assert trust_bytes(fn) <= slack, "elementwise ops and norms need nothing"
-    # int8: the quantised (or, on Hopper, rearranged) rows, and what up to four programs on a tile add up; fp8: nothing with a transposed b
+    # int8: the quantised (or, on Hopper, rearranged) rows, and what up to eight programs on a tile add up; fp8: nothing with a transposed b
     wide = tensor(256, N)
     w8, s = int8_gemm.quantize_weight_per_channel(wide)
     for rows in (1, 8):
         assert trust_bytes(lambda rows=rows: int8_gemm.int8_gemm(x[:rows], w8, s)) <= slack
     for rows, filled in ((20, 64), (40, 64), (100, 128), (150, 256), (300, 512)):
-        assert trust_bytes(lambda rows=rows: int8_gemm.int8_gemm(x[:rows], w8, s)) <= 4 * rows * 256 * 4 + 2 * filled * N + slack
+        assert trust_bytes(lambda rows=rows: int8_gemm.int8_gemm(x[:rows], w8, s)) <= 8 * rows * 256 * 4 + 2 * filled * N + slack
     assert trust_bytes(lambda: int8_gemm.int8_gemm(x, w8, s, quantize_activations=True)) <= M * N + 4 * M + 4 * M * 256 * 4 + slack
     (a, sa), (b, sb) = fp8_gemm.quantize_fp8(x, "row"), fp8_gemm.quantize_fp8(wide, "row")
     assert trust_bytes(lambda: fp8_gemm.fp8_gemm(a, b.t(), sa, sb.t())) <= slack
