@@ -449,9 +449,10 @@ def _gated_mlp_tma(x, gate_weight, up_weight, made, activation):
     # H200, 4096 x 14336 bf16, us beside cuBLAS + swiglu_fused (separate or packed weights, the faster): M = 16 66 (70),
     # 64 68 (71), 128 73 (76), 256 93 (95), 512 160 (168), 1000 311 (326), 2048 659 (696), 8192 2811 (2961)
     (M, K), I = x.shape, made[0].shape[1]
-    # the weights' bytes: small programs, for M = 64 and 3584 x 18944 79 us, in steps of 64 and three stages 92
-    if M <= 64:
+    if M <= 64:  # the weights' bytes: small programs. M = 64 at 3584 x 18944 79 us, in steps of 64 and three stages 92
         BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = (16, 32, 128, 4, 3) if M <= 16 else (64, 64, 128, 4, 4)
+        if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
+            stages = 3  # on sm_100 Triton 3.4 wants 270 kB of shared memory for four
     else:  # 128 x 256 with both weights: what the tensor cores like best
         BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = 128, 128, 64, 8, 4
     end, tiles_m = I, triton.cdiv(M, BLOCK_M)

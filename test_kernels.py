@@ -2505,13 +2505,13 @@ def _gated_aot(kernel, targets, warps, stages, dtype="bf16", signature=_GATED_SI
     return ("swiglu", kernel, signature, {"ACT": "silu"} | constexprs, warps, targets, {"num_stages": stages})
 
 
-def _gated_tma_aot(BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, keep):
+def _gated_tma_aot(BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, keep, targets=(90, 100)):
     """keep: gate and up are kept for the backward pass."""
     blocks = {"x_desc": [BLOCK_M, BLOCK_K], "w_desc": [2, BLOCK_I, BLOCK_K], "out_desc": [BLOCK_M, BLOCK_I]}
     constexprs = {"UP_FIRST": keep, "WEIGHT_LEFT": BLOCK_M == 16, "BLOCK_M": BLOCK_M, "BLOCK_I": BLOCK_I, "BLOCK_K": BLOCK_K}
     (blocks if keep else constexprs).update(dict.fromkeys(("gate_desc", "up_desc"), [BLOCK_M, BLOCK_I] if keep else None))
     signature = {n: f"tensordesc<bf16{b}>" for n, b in blocks.items()} | {"M": "i32", "end": "i32", "K": "i32"}
-    return _gated_aot("_gated_mlp_tma_kernel", (90, 100), warps, stages, signature=signature, **constexprs)
+    return _gated_aot("_gated_mlp_tma_kernel", targets, warps, stages, signature=signature, **constexprs)
 
 
 AOT += [
@@ -2527,8 +2527,7 @@ AOT += [
     _gated_aot("_gated_mlp_kernel", (75,), 8, 2, "fp16", IEEE=True, BLOCK_M=64, BLOCK_I=32, BLOCK_K=32),
     _gated_tma_aot(16, 32, 128, 4, 3, False),
     _gated_tma_aot(16, 32, 128, 4, 3, True),
-    _gated_tma_aot(64, 64, 128, 4, 4, False),
-    _gated_tma_aot(64, 64, 128, 4, 4, True),
+    *(_gated_tma_aot(64, 64, 128, 4, stages, keep, (target,)) for target, stages in ((90, 4), (100, 3)) for keep in (False, True)),
     _gated_tma_aot(128, 128, 64, 8, 4, False),
     _gated_tma_aot(128, 128, 64, 8, 4, True),
 ]  # fmt: skip
