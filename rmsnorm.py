@@ -65,9 +65,13 @@ if triton is not None:
     @triton.jit
     def _load_sum(x_ptr, res_ptr, h_ptr, at, mask, POLICY: tl.constexpr):
         """x, or x + residual in the residual's precision, which goes to h_ptr."""
-        h = tl.load(x_ptr + at, mask, 0.0, eviction_policy=POLICY).to(tl.float32)
+        x = tl.load(x_ptr + at, mask, 0.0, eviction_policy=POLICY)
+        h = x.to(tl.float32)
         if res_ptr is not None:
             res = tl.load(res_ptr + at, mask, 0.0, eviction_policy=POLICY)
+            if x.dtype == tl.bfloat16 and res.dtype == tl.float16:
+                # By its bits: converted, LLVM rounds x to float16 first and adds there, which is another h
+                h = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
             h = (h + res.to(tl.float32)).to(res.dtype).to(tl.float32)
         if h_ptr is not None:
             tl.store(h_ptr + at, h, mask)

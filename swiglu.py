@@ -291,8 +291,16 @@ def _extent(*tensors):
     for t in tensors:
         if not t.is_contiguous():
             I = tensors[0].shape[-1]
-            return n // I, I, [t.stride(-2) for t in tensors]
+            return n // I, I, [_row_stride(t) for t in tensors]
     return 1, n, [n] * len(tensors)
+
+
+def _row_stride(t):
+    """Of the last dimension that counts rows; one of a single row may have any stride, in a contiguous tensor, too."""
+    for d in range(t.dim() - 2, -1, -1):
+        if t.shape[d] > 1:
+            return t.stride(d)
+    return t.shape[-1]
 
 
 # Eight elements a thread are one 16-byte load of each input. H200, 16384 x 14336 bf16: 322 us forward, 1.03 of the copy

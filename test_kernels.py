@@ -757,6 +757,15 @@ _NORM_BWD = {"h_ptr": "*bf16", "w_ptr": "*bf16", "rstd_ptr": "*fp32", "mean_ptr"
 _NORM_MEAN = {n: _NORM_BWD[n] for n in ("h_ptr", "w_ptr", "rstd_ptr", "dy_ptr", "mean_ptr", "stride_hm", "stride_dym", "N", "offset")}
 
 
+def test_rmsnorm_residual_of_another_16_bits():
+    """The sum is float32's, rounded once: x neither rounded nor made infinite by the residual's dtype."""
+    unit = 2.0**-24  # float16's smallest
+    x = torch.tensor([[-0.5 * unit, 0.5 * unit, 65536.0, 1.0]], dtype=torch.bfloat16, device=DEVICE)
+    residual = torch.tensor([[9 * unit, 7 * unit, -65504.0, 2.0]], dtype=torch.float16, device=DEVICE)
+    _, h = rmsnorm.rmsnorm_residual_fused(x, residual, return_residual=True)
+    assert h.dtype == torch.float16 and h.tolist() == [[8 * unit, 8 * unit, 32.0, 3.0]]
+
+
 def _norm_fwd_aot(N, BLOCK_N, warps, BLOCK_M=1, again=False, **none):
     constants = {"N": N, "LLAMA": False, "AGAIN": again, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, **none}
     return ("rmsnorm", "_rmsnorm_fwd_kernel", _NORM_FWD, constants, warps, None, {})
@@ -770,6 +779,7 @@ def _norm_bwd_aot(N, small=False, **none):
     return [(*kernel, {**constants, "STAGES": 3}, warps, (80, 89, 90, 100), {}), (*kernel, {**constants, "STAGES": 2}, warps, (75, "gfx942"), {})]
 
 
+AOT.append(("rmsnorm", "_rmsnorm_fwd_kernel", {**_NORM_FWD, "res_ptr": "*fp16", "h_ptr": "*fp16"}, _norm_fwd_aot(4096, 4096, 8)[3], 8, (80, 90), {}))
 _PLAIN, _ONE = {"res_ptr": None, "h_ptr": None, "rstd_ptr": None}, {"mean_ptr": None, "dres_ptr": None}
 AOT += [
     _norm_fwd_aot(128, 128, 4, BLOCK_M=16, **_PLAIN), _norm_fwd_aot(2560, 4096, 4), _norm_fwd_aot(4096, 4096, 8, **_PLAIN),
@@ -6501,6 +6511,44 @@ def test_trust_forward_derivatives_and_function_transforms():
         torch.testing.assert_close(gradient, torch.autograd.grad(op(leaf).square().sum(), leaf)[0], atol=1e-3, rtol=1e-3)
 
 
+def test_trust_strides_of_single_rows():
+    """A dimension of size 1 may have any stride, also in what PyTorch calls contiguous: decode's [B, 1, H], transposed."""
+    def odd(t):
+        strides = [37 if n == 1 else s for n, s in zip(t.shape, t.stride())]
+        return torch.empty(t.numel() + 400, dtype=t.dtype, device=t.device).fill_(float("nan"))[: t.numel()].as_strided(t.shape, strides).copy_(t)
+
+    def tensor(*shape):
+        return randn(*shape, dtype=torch.float16)
+
+    cos_sin = rope.build_rope_cache(1, 16, device=DEVICE)
+    w8, s = int8_gemm.quantize_weight_per_channel(randn(24, 64))
+    mlp, w, head = (tensor(48, 64) * 0.1, tensor(48, 64) * 0.1), tensor(64), tensor(16)
+    norm_rope, qk_norm_rope = fused_rmsnorm_rope.fused_rmsnorm_rope, fused_rmsnorm_rope.fused_qk_norm_rope
+    for lead in ((5, 1), (1, 5), (1, 1), (5, 1, 1)):
+        cases = [
+            (rmsnorm.rmsnorm, [tensor(*lead, 64), w]), (rmsnorm.rmsnorm_residual_fused, [tensor(*lead, 64), tensor(*lead, 64), w]),
+            (lambda g: swiglu.swiglu_fused(g), [tensor(*lead, 128)]), (lambda g, u: swiglu.swiglu_fused(g, u), [tensor(*lead, 64), tensor(*lead, 64)]),
+            (lambda g, u: swiglu.swiglu_fused(g, u[..., :64]), [tensor(*lead, 64), tensor(*lead, 128)]),
+            (lambda x: swiglu.fused_gated_mlp(x, *mlp), [tensor(*lead, 64)]), (lambda x: int8_gemm.int8_gemm(x, w8, s), [tensor(*lead, 64)]),
+            (lambda x: int8_gemm.int8_gemm(x, w8, s, quantize_activations=True), [tensor(*lead, 64)]),
+        ]  # fmt: skip
+        if len(lead) == 2 and lead[1] == 1:
+            cases += [
+                (lambda q, k: rope.apply_rope(q, k, *map(odd, cos_sin)), [tensor(*lead, 4, 16), tensor(*lead, 1, 16)]),
+                (lambda q, k: rope.rope_triton(q, k), [tensor(*lead, 4, 16), tensor(*lead, 1, 16)]),
+                (lambda x: norm_rope(x, w, *map(odd, cos_sin), 1e-6, 4), [tensor(*lead, 64)]), (lambda x: norm_rope(x, head, *cos_sin), [tensor(*lead, 64)]),
+                (lambda x: qk_norm_rope(x, head, head, *cos_sin, num_heads=2, num_kv_heads=1), [tensor(*lead, 64)]),
+            ]  # fmt: skip
+        for fn, args in cases:
+            results = []
+            for change in (lambda t: t, odd):
+                inputs = [change(a).requires_grad_() for a in args]
+                outs = as_tuple(fn(*inputs))
+                cotangents = [change(torch.full_like(o, 0.5)) for o in outs]
+                results.append([*outs, *torch.autograd.grad(outs, inputs, cotangents)])
+            assert trust_equal(*results)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kept kernels: what was compiled for other arguments must never be launched
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6890,7 +6938,7 @@ def build(job):
             registers = int(re.search(r"REG:(\d+)", text).group(1))
             spilled = int(re.search(r"STACK:(\d+)", text).group(1)) + int(re.search(r"LOCAL:(\d+)", text).group(1))
         text = built.asm["amdgcn" if isinstance(target, str) else "ptx"]
-        units = sorted(set(re.findall(r"v_mfma_\w+|wgmma\.mma_async\S+|tcgen05\.mma\S+|\bmma\.sync\S+|cp\.async\.bulk\.tensor", text)))
+        units = sorted(set(re.findall(r"v_mfma_\w+|wgmma\.mma_async\S+|tcgen05\.mma\S+|\bmma\.sync\S+|cp\.async\.bulk\.tensor|\badd\.f16x2", text)))
         result = {"registers": registers, "spilled": spilled, "shared": built.metadata.shared, "units": units}
         return result | ({"written": written(kernel, signature, constexprs)} if target == 90 else {})
     except Exception as error:
@@ -6962,6 +7010,12 @@ def test_ahead_of_time_writes(aot_results):
             tensors = {n.rsplit("_", 1)[0]: n for n, t in signature.items() if n not in constexprs and ("*" in t or "<" in t)}
             names = "q k" if constexprs.get("OUT") == "inplace" else WRITES[kernel.removesuffix("_kernel")]
             assert set(result["written"]) == {tensors[n] for n in names.split() if n in tensors}, kernel
+
+
+def test_ahead_of_time_sum_of_two_dtypes(aot_results):
+    """x in bfloat16 and a residual in float16 are added in float32: LLVM would round x to float16 and add there."""
+    sums = [result["units"] for job, result in zip(aot_jobs(), aot_results, strict=True) if job[2].get("x_ptr") == "*bf16" and job[2].get("res_ptr") == "*fp16" and "error" not in result]
+    assert sums and not any("add.f16x2" in units for units in sums)
 
 
 def test_ahead_of_time_products(aot_results):
