@@ -141,7 +141,7 @@ if triton is not None:
             at = start + tl.arange(0, BLOCK_N)[None, :]
             h = tl.load(h_ptr + at, at < N, 0.0, eviction_policy="evict_last").to(tl.float32)
             dy = tl.load(dy_ptr + at, at < N, 0.0, eviction_policy="evict_last").to(tl.float32)
-            sums += h * dy * _load_weight(w_ptr, at, at < N, offset, "")
+            sums += h * (dy * _load_weight(w_ptr, at, at < N, offset, ""))  # h * dy alone might overflow
         return tl.sum(sums) * rstd / N
 
     @triton.jit
