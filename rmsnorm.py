@@ -70,7 +70,7 @@ if triton is not None:
         if res_ptr is not None:
             res = tl.load(res_ptr + at, mask, 0.0, eviction_policy=POLICY)
             if x.dtype == tl.bfloat16 and res.dtype == tl.float16:
-                # By its bits: converted, LLVM rounds x to float16 first and adds there, which is another h
+                # By its bits: of a plain conversion LLVM makes a float16 addition, with x rounded to float16 before it
                 h = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
             h = (h + res.to(tl.float32)).to(res.dtype).to(tl.float32)
         if h_ptr is not None:
