@@ -480,11 +480,11 @@ def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
 def _has_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None) -> bool:
     """Whether the scales are blocks'. None, the scale of an operand to be quantised, goes with any."""
     (M, K), N = a.shape, b.shape[1]
-    k, n = -(-K // 128), -(-N // 128)
     if (a_scale is None or a_scale.numel() == 1 or a_scale.shape == (M, 1)) and (
         b_scale is None or b_scale.numel() == 1 or b_scale.shape == (1, N)
     ):
         return False
+    k, n = -(-K // 128), -(-N // 128)
     if (a_scale is None or a_scale.shape == (M, k)) and (b_scale is None or b_scale.shape == (k, n)):
         return True
     got = " and ".join("None" if s is None else str(tuple(s.shape)) for s in (a_scale, b_scale))
@@ -531,11 +531,6 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         0 if b_scale.numel() == 1 else b_scale.stride(1), b_scale.stride(0) if blocks else 0,
     )  # fmt: skip
     promote, has_bias = blocks or not fast_accum, bias is not None
-    rows = _rule_rows(M)
-    hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms
-    if rows > 64 and hopper and not few and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
-        _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
-        return y
     if widen:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     if M == 1:
@@ -545,6 +540,11 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         block_n, block_k = (8, 1024) if quantize and blocks else (4, 2048)
         scalars = N, K, b.stride(1), *strides[1:], blocks, has_bias, row, block_n, block_k
         _enqueue(_gemv_kernel, -(-N // block_n), (a, b, a_scale, b_scale, bias, y), scalars, num_warps=4)
+        return y
+    rows = _rule_rows(M)
+    hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms
+    if rows > 64 and hopper and not few and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
+        _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
         return y
     ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
     if ieee:

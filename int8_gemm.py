@@ -485,7 +485,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     x = x if x.stride(1) == 1 else x.contiguous()
     scale, bias = scale.contiguous(), bias if bias is None else bias.contiguous()
     x, x_scale = _quantize_rows(x) if w8a8 else (x, None)
-    (capability, sms), rows = _gpu(x), _rule_rows(M)
+    capability, sms = _gpu(x)
     if M == 1:
         # us, H200, (4096, 14336), (14336, 4096), (4096, 4096): 20.1, 19.8, 8.4 (bf16 38, 39, 16); W8A8 20.6, 21.8, 10
         # with the quantiser's 1.8. At (2560, 18944) 17.9, with steps of 1024 20.4
@@ -495,7 +495,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         scalars = N, K, weight.stride(0), bool(K % block_k == 0), block_n, block_k
         _enqueue(_one_row_kernel, -(-N // block_n), (x, weight, x_scale, scale, bias, y), scalars, num_warps=warps)
         return y
-    ieee = not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
+    rows, ieee = _rule_rows(M), not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
     memory = capability[0] in (9, 10)  # 227 kB of shared memory on an SM, others 100
     wide, widest = N > 64 * sms, N > 128 * sms  # many channels: the SMs are busy without dividing the work finely
     # us for W8A16 by _gemm_kernel, and with the weight widened before: M = 512 104, 134 at (4096, 14336) and 109, 138
