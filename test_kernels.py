@@ -4926,10 +4926,10 @@ def fuzz_norm_scale(x, w, offset, eps, dy):
     scales = [torch.where(mean > 2.0**-125, scales[0], math.inf)]  # a GPU's rsqrt takes less for 0
     if dy is None:
         return [*scales, None, None]
-    g = dy.abs() * weight
+    g, known = dy.abs() * weight + 2.0**-126, xhat + 2.0**-126  # products below the smallest normal number have few digits
     summed = (g * torch.maximum(x.abs(), xhat)).sum(-1, keepdim=True) < FUZZ_HUGE  # the mean of g * xhat, by one or the other
-    dx = torch.where(fine & summed, rstd * (g + xhat * (g * xhat).mean(-1, keepdim=True)), math.inf)
-    dw = torch.where(fine, dy.abs() * xhat, math.inf)
+    dx = torch.where(fine & summed, rstd * (g + known * (g * known).mean(-1, keepdim=True)), math.inf)
+    dw = torch.where(fine, dy.abs() * known, math.inf)
     return [*scales, dx, dw.reshape(-1, x.shape[-1]).sum(0)]
 
 
@@ -5063,8 +5063,10 @@ def fuzz_fused_gated_mlp(d):
         dg, du = (t + torch.finfo(dtype).smallest_normal for t in (dg, du))  # in 16 bits, and there subnormal
         dg, du = (torch.where(t < huge, t, math.inf) for t in (dg, du))
         rows = [t.reshape(-1, t.shape[-1]) for t in (dg, du, a[0].abs())]
-        dw = [t.T @ rows[2] for t in rows[:2]]
-        return out, dg @ w0.abs() + du @ w1.abs(), *((torch.cat(dw), None) if packed else dw)
+        dx, *dw = dg @ w0.abs() + du @ w1.abs(), *(t.T @ rows[2] for t in rows[:2])
+        # PyTorch may add up parts of a 16-bit product in 16 bits, and there subnormal
+        dx, *dw = (t + torch.finfo(dtype).smallest_normal for t in (dx, *dw))
+        return out, dx, *((torch.cat(dw), None) if packed else dw)
 
     # the gradients of a tied pair are one sum
     twin, fn = swiglu.gated_mlp_torch, swiglu.fused_gated_mlp
