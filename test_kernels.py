@@ -6535,6 +6535,129 @@ def test_trust_strides_of_single_rows():
             assert trust_equal(*results)
 
 
+# What only a GPU, or two of them, would show, by a stand-in for PyTorch's view of it; the kernels run in the interpreter
+
+@pytest.fixture
+def as_if_on_cuda_1(monkeypatch):
+    """Every tensor says that it lies on cuda:1, one of two processors; cuda:0 is current. [the current device]"""
+    if GPU:
+        pytest.skip("a stand-in for a GPU")
+    current = [0]
+
+    @contextlib.contextmanager
+    def entered(device):
+        current[0] += 1
+        yield
+        current[0] -= 1
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 1)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(multi_processor_count=2, shared_memory_per_block_optin=2**16))
+    for module in (int8_gemm, fp8_gemm):
+        monkeypatch.setattr(module, "_properties_cached", module._properties)
+    return current
+
+
+def test_trust_launches_on_the_tensors_device(monkeypatch, as_if_on_cuda_1):
+    launches = []
+
+    def counted(enqueue):
+        def launch(*args, **options):
+            launches.append(as_if_on_cuda_1[0])
+            enqueue(*args, **options)
+        return launch
+
+    for module in TRUST_OPS:
+        monkeypatch.setattr(module, "_enqueue", counted(module._enqueue))
+    x, w, (cos, sin) = randn(4, 32, dtype=torch.float16), randn(32), rope.build_rope_cache(4, 16, device=DEVICE)
+    heads, gate = x.view(1, 4, 2, 16), randn(8, 32, dtype=torch.float16)
+    (w8, scale), b = int8_gemm.quantize_weight_per_channel(gate), (torch.ones(32, 8) * 2).to(torch.float8_e4m3fn)
+    for name, fn in {
+        "rmsnorm": lambda: rmsnorm.rmsnorm(x, w), "residual": lambda: rmsnorm.rmsnorm_residual_fused(x, x, w),
+        "swiglu": lambda: swiglu.swiglu_fused(x, x), "gated MLP": lambda: swiglu.fused_gated_mlp(x, gate, gate),
+        "apply_rope": lambda: rope.apply_rope(heads, heads, cos, sin), "rope_triton": lambda: rope.rope_triton(heads, heads),
+        "fused_rmsnorm_rope": lambda: fused_rmsnorm_rope.fused_rmsnorm_rope(x[None], w, cos, sin, num_heads=2),
+        "fused_qk_norm_rope": lambda: fused_rmsnorm_rope.fused_qk_norm_rope(torch.cat((x, x), 1)[None], w[:16], w[:16], cos, sin, 2, 1),
+        "quantize": lambda: int8_gemm.quantize_symmetric(x, 1), "dequantize": lambda: int8_gemm.dequantize(w8, scale),
+        "W8A16": lambda: int8_gemm.int8_gemm(x, w8, scale), "W8A8": lambda: int8_gemm.int8_gemm(x, w8, scale, quantize_activations=True),
+        "fp8": lambda: fp8_gemm.fp8_gemm(b.t(), b, scale[:1].view(()), scale[:1].view(())),
+    }.items():  # fmt: skip
+        launches.clear()
+        fn()
+        assert launches and set(launches) == {1} and as_if_on_cuda_1 == [0], name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_trust_gated_mlp_of_two_launches_writes_every_column(monkeypatch, as_if_on_cuda_1, packed):
+    """Three tiles on two processors: the last one goes to cuBLAS."""
+    def product(a, b, out_dtype):
+        return (a.to(out_dtype) @ b.to(out_dtype)).contiguous()
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(torch, "bmm", product)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    x, w = randn(80, 32, dtype=torch.float16), randn(2 * 300, 32, dtype=torch.float16)
+    made = [torch.full((80, 300), math.nan, dtype=torch.float16) for _ in range(3)]
+    starts, rest = [], swiglu._gated_mlp_rest
+    monkeypatch.setattr(swiglu, "_gated_mlp_rest", lambda *args: (starts.append(args[-1]), rest(*args)))
+    swiglu._gated_mlp_tma(x, *((w, None) if packed else w.chunk(2)), made, "silu")
+    assert starts == [256]
+    gate, up = (x.float() @ w.float().t()).chunk(2, -1)
+    for got, want in zip(made, (F.silu(gate) * up, gate, up)):
+        torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=2e-3)
+
+
+def test_trust_another_stream_waits_for_the_kept_weight(monkeypatch, as_if_on_cuda_1):
+    """FP8Linear's copy, filled on one stream, is used on another after the event of its filling, and held for that."""
+    stream, told = [7], []
+
+    def current(device):
+        where = stream[0]
+        return types.SimpleNamespace(record_event=lambda: f"event of {where}", wait_event=lambda event: told.append((where, event)))
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    layer = fp8_gemm.FP8Linear(16, 16).requires_grad_(False)
+    kept = types.SimpleNamespace(record_stream=lambda where: told.append("held"))
+    monkeypatch.setattr(layer, "_quantize", lambda w: (kept, kept))
+    layer._cached_weight(layer.weight), layer._cached_weight(layer.weight)
+    assert told == []
+    stream[0] = 8
+    layer._cached_weight(layer.weight)
+    assert told == [(8, "event of 7"), "held", "held"]
+
+
+@pytest.mark.skipif(GPU, reason="where 4 GB that nothing touches cost nothing")
+def test_trust_rows_far_apart():
+    """Rows 2^30 elements apart: the third begins where 32 bits end."""
+    def far(*shape):
+        x = torch.empty(2**31 + 2**20, dtype=torch.float16).as_strided((3, math.prod(shape)), (2**30, 1))
+        x.copy_(randn(*x.shape))
+        return x.unflatten(1, shape)
+
+    def check(fn, twin, *args, **options):
+        near = [a.clone(memory_format=torch.contiguous_format) for a in args]
+        for got, want in zip(as_tuple(fn(*args, **options)), as_tuple(twin(*near, **options))):
+            torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+    x, w, gate, (cos, sin) = far(32), randn(32), randn(8, 32, dtype=torch.float16), rope.build_rope_cache(3, 16, device=DEVICE)
+    w8, scale = int8_gemm.quantize_weight_per_channel(gate)
+    check(lambda x: rmsnorm.rmsnorm(x, w), lambda x: rmsnorm.rmsnorm_torch(x, w), x)
+    check(lambda x: rmsnorm.rmsnorm_residual_fused(x, x, w), lambda x: rmsnorm.rmsnorm_residual_torch(x, x, w), x)
+    check(swiglu.swiglu_fused, swiglu.swiglu_torch, x)
+    check(lambda x: swiglu.fused_gated_mlp(x, gate, gate), lambda x: swiglu.gated_mlp_torch(x, gate, gate), x)
+    check(lambda x: swiglu.fused_gated_mlp(gate, x, x), lambda x: swiglu.gated_mlp_torch(gate, x, x), x)
+    check(lambda x: rope.apply_rope(x, x, cos, sin), lambda x: rope.rope_torch(x, x, cos, sin), x.view(3, 2, 16)[None])
+    check(lambda x: fused_rmsnorm_rope.fused_rmsnorm_rope(x, w, cos, sin, num_heads=2),
+          lambda x: fused_rmsnorm_rope.fused_rmsnorm_rope_torch(x, w, cos, sin, num_heads=2), x[None])
+    check(lambda x: int8_gemm.int8_gemm(x, w8, scale), lambda x: int8_gemm.int8_gemm_torch(x, w8, scale), x)
+    check(lambda x: int8_gemm.quantize_symmetric(x, 1), lambda x: int8_gemm.quantize_symmetric_torch(x, 1), x)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kept kernels: what was compiled for other arguments must never be launched
 # ---------------------------------------------------------------------------------------------------------------------
