@@ -6580,8 +6580,8 @@ def test_trust_launches_on_the_tensors_device(monkeypatch, as_if_on_cuda_1):
         "swiglu": lambda: swiglu.swiglu_fused(x, x), "gated MLP": lambda: swiglu.fused_gated_mlp(x, gate, gate),
         "apply_rope": lambda: rope.apply_rope(heads, heads, cos, sin), "rope_triton": lambda: rope.rope_triton(heads, heads),
         "fused_rmsnorm_rope": lambda: fused_rmsnorm_rope.fused_rmsnorm_rope(x[None], w, cos, sin, num_heads=2),
-        "fused_qk_norm_rope": lambda: fused_rmsnorm_rope.fused_qk_norm_rope(torch.cat((x, x), 1)[None], w[:16], w[:16], cos, sin, 2, 1),
-        "quantize": lambda: int8_gemm.quantize_symmetric(x, 1), "dequantize": lambda: int8_gemm.dequantize(w8, scale),
+        "fused_qk_norm_rope": lambda: fused_rmsnorm_rope.fused_qk_norm_rope(torch.cat((x, x), 1)[None], w[:16], w[:16], cos, sin, num_heads=2, num_kv_heads=1),
+        "quantize": lambda: int8_gemm.quantize_symmetric(x, dim=1), "dequantize": lambda: int8_gemm.dequantize(w8, scale),
         "W8A16": lambda: int8_gemm.int8_gemm(x, w8, scale), "W8A8": lambda: int8_gemm.int8_gemm(x, w8, scale, quantize_activations=True),
         "fp8": lambda: fp8_gemm.fp8_gemm(b.t(), b, scale[:1].view(()), scale[:1].view(())),
     }.items():  # fmt: skip
@@ -6599,8 +6599,8 @@ def test_trust_gated_mlp_of_two_launches_writes_every_column(monkeypatch, as_if_
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(torch, "bmm", product)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    x, w = randn(80, 32, dtype=torch.float16), randn(2 * 300, 32, dtype=torch.float16)
-    made = [torch.full((80, 300), math.nan, dtype=torch.float16) for _ in range(3)]
+    x, w = randn(80, 32, dtype=torch.float16), randn(2 * 304, 32, dtype=torch.float16)
+    made = [torch.full((80, 304), math.nan, dtype=torch.float16) for _ in range(3)]
     starts, rest = [], swiglu._gated_mlp_rest
     monkeypatch.setattr(swiglu, "_gated_mlp_rest", lambda *args: (starts.append(args[-1]), rest(*args)))
     swiglu._gated_mlp_tma(x, *((w, None) if packed else w.chunk(2)), made, "silu")
@@ -6655,7 +6655,88 @@ def test_trust_rows_far_apart():
     check(lambda x: fused_rmsnorm_rope.fused_rmsnorm_rope(x, w, cos, sin, num_heads=2),
           lambda x: fused_rmsnorm_rope.fused_rmsnorm_rope_torch(x, w, cos, sin, num_heads=2), x[None])
     check(lambda x: int8_gemm.int8_gemm(x, w8, scale), lambda x: int8_gemm.int8_gemm_torch(x, w8, scale), x)
-    check(lambda x: int8_gemm.quantize_symmetric(x, 1), lambda x: int8_gemm.quantize_symmetric_torch(x, 1), x)
+    check(lambda x: int8_gemm.quantize_symmetric(x, dim=1), lambda x: int8_gemm.quantize_symmetric_torch(x, dim=1), x)
+
+
+TRUST_TRACED = r"""
+import pathlib, sys, types
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+
+source, folder = map(pathlib.Path, sys.argv[1:])
+(folder / "gpu.py").write_text('''
+class properties:
+    multi_processor_count, shared_memory_per_block_optin = 132, 232448
+
+    def __init__(self, device):
+        pass
+
+
+def capability(device):
+    return 9, 0
+''')
+for name in ("int8_gemm", "fp8_gemm", "swiglu"):  # which take the CPU for a GPU of sm_90
+    text = (source / f"{name}.py").read_text().replace(".is_cuda", ".is_cpu").replace('device.type != "cuda"', 'device.type != "cpu"')
+    text = text.replace("torch.cuda.get_device_capability(", "gpu.capability(").replace("torch.cuda.get_device_properties(", "gpu.properties(")
+    (folder / f"{name}.py").write_text(text.replace("import torch\n", "import gpu\nimport torch\n", 1))
+sys.path.insert(0, str(folder))
+import fp8_gemm, int8_gemm, swiglu
+import torch.utils._triton
+
+class Hopper(CudaDriver):
+    def __init__(self):
+        pass
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+triton.runtime.driver.set_active(Hopper())
+torch.utils._triton.has_triton = torch.utils._triton.has_triton_tensor_descriptor_host_tma = lambda *_, **__: True
+
+def backend(graph, inputs):
+    global compiled
+    compiled += 1
+    parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+    assert any("triton_kernel_wrapper" in str(node.target) for part in parts for node in part.graph.nodes), "the twin was traced"
+    return lambda *_: [torch.empty(0)]
+
+K = N = 4096
+w, w8, f8, scale, one = torch.empty(N, K, dtype=torch.float16), torch.empty(N, K, dtype=torch.int8), torch.float8_e4m3fn, torch.ones(N), torch.ones(())
+for name, fn, dtype in (
+    ("W8A16", lambda x: int8_gemm.int8_gemm(x, w8, scale), torch.float16),
+    ("W8A8", lambda x: int8_gemm.int8_gemm(x, w8, scale, quantize_activations=True), torch.float16),
+    ("fp8", lambda x: fp8_gemm.fp8_gemm(x, w8.view(f8).t(), one, one), f8),
+    ("fp8, promoted", lambda x: fp8_gemm.fp8_gemm(x, w8.view(f8).t(), one, one, fast_accum=False), f8),
+    ("gated MLP", lambda x: swiglu.fused_gated_mlp(x, w), torch.float16),
+):
+    torch._dynamo.reset()
+    compiled, run = 0, torch.compile(fn, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for M in (1, 300, 5, 40, 100, 200, 500, 2000, 9000, 16, 17, 64, 65, 128, 129, 256, 257, 768, 769, 3, 4):
+            run(torch.empty(M, K, dtype=dtype))
+    print(name, compiled, flush=True)
+    assert compiled <= 8, name
+
+x = torch.empty(8, 64, dtype=torch.float16, requires_grad=True)
+torch.compile(lambda x: swiglu.swiglu_fused(x, x.view_as(x)), fullgraph=True, backend=backend)(x)
+print("one tensor and its view")
+"""
+
+
+@pytest.mark.skipif(GPU, reason="traced as for a GPU where there is none")
+def test_trust_row_counts_of_traced_products(tmp_path):
+    """Whatever row counts come, the products are compiled eight times at most: PyTorch would give up at the ninth."""
+    (tmp_path / "traced.py").write_text(TRUST_TRACED)
+    (tmp_path / "ops").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(tmp_path / "traced.py"), str(HERE), str(tmp_path / "ops")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stdout + done.stderr[-3000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
