@@ -6535,6 +6535,24 @@ def test_trust_strides_of_single_rows():
             assert trust_equal(*results)
 
 
+def test_trust_gradients_of_tiny_elements_keep_few_digits():
+    """x * rstd below float32's smallest normal number, which a huge dy makes count: off by 1 %, as the README's limits say."""
+    x, dy = torch.full((2, 16), 1.4e-45, device=DEVICE), torch.zeros(2, 16, device=DEVICE)
+    x[:, 14:], dy[:, 1] = 0.1, 3e38
+    ones, zeros = torch.ones(2, 8, device=DEVICE), torch.zeros(2, 8, device=DEVICE)
+
+    def fused(x):
+        return fused_rmsnorm_rope.fused_rmsnorm_rope(x[None], torch.ones(16, device=DEVICE), ones, zeros, 0.0, num_heads=1)[0]
+
+    wide = x.double().requires_grad_()
+    (want,) = torch.autograd.grad(rmsnorm.rmsnorm_torch(wide, None, 0.0), wide, dy.double())
+    for fn in (lambda x: rmsnorm.rmsnorm(x, None, 0.0), fused):
+        leaf = x.clone().requires_grad_()
+        (got,) = torch.autograd.grad(fn(leaf), leaf, dy)
+        error = ((got.double() - want) / want)[:, 14:].abs()
+        assert (error < 0.02).all(), error.max()
+
+
 # What only a GPU, or two of them, would show, by a stand-in for PyTorch's view of it; the kernels run in the interpreter
 
 @pytest.fixture
