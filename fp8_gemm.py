@@ -28,6 +28,21 @@ try:
 except ImportError:  # no Triton on this platform: the twins serve every call
     triton = None
 
+try:  # Triton's lower level, an experiment still: with the releases that its kernel was compiled with
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    if not (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 10):
+        raise ImportError
+    if hasattr(hopper.tma, "async_load"):  # Triton 3.9's names
+        _tma_load, _tma_store = hopper.tma.async_load, hopper.tma.async_store
+    else:
+        _tma_load, _tma_store = hopper.tma.async_copy_global_to_shared, hopper.tma.async_copy_shared_to_global
+except ImportError:
+    gluon = None
+
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _FP8 = torch.float8_e4m3fn
@@ -339,6 +354,105 @@ if triton is not None:
                 y_desc.store([m + half * ROWS, n + BLOCK_N // 2], right.to(y_desc.dtype))
 
 
+if gluon is not None:
+
+    @gluon.jit
+    def _place(tile, tiles_m, tiles_n):
+        """The row and the column of a tile."""
+        GROUP_M: gl.constexpr = 16  # as in _gemm_tma_kernel
+        first_m = tile // (GROUP_M * tiles_n) * GROUP_M
+        group_m = gl.minimum(tiles_m - first_m, GROUP_M)
+        tile %= GROUP_M * tiles_n
+        return first_m + tile % group_m, tile // group_m
+
+    @gluon.jit
+    def _load_tiles(a_desc, w_desc, buffers, tiles_m, tiles_n, K):
+        a_bufs, w_bufs, y_bufs, full, empty = buffers
+        STAGES: gl.constexpr = w_bufs.shape[0]
+        GROUPS: gl.constexpr = a_bufs.shape[0] // STAGES
+        step = 0
+        for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+            m, n = _place(tile, tiles_m, tiles_n)
+            for k in range(0, K, 128):
+                stage = step % STAGES
+                hopper.mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
+                hopper.mbarrier.expect(full.index(stage), (64 * GROUPS + 128) * 128)
+                for group in gl.static_range(GROUPS):
+                    row, a_buf = (m * GROUPS + group) * 64, a_bufs.index(stage * GROUPS + group)
+                    _tma_load(a_desc, [row, k], full.index(stage), a_buf)
+                _tma_load(w_desc, [n * 128, k], full.index(stage), w_bufs.index(stage))
+                step += 1
+
+    @gluon.jit
+    def _multiply_tiles(group, y_desc, pointers, strides, buffers, tiles_m, tiles_n, M, N, K, HAS_BIAS: gl.constexpr):
+        a_scale_ptr, w_scale_ptr, bias_ptr = pointers
+        a_bufs, w_bufs, y_bufs, full, empty = buffers
+        STAGES: gl.constexpr = w_bufs.shape[0]
+        GROUPS: gl.constexpr = a_bufs.shape[0] // STAGES
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+        y_buf, step = y_bufs.index(group), 0
+        zeros = gl.zeros([64, 128], gl.float32, layout)
+        for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+            m, n = _place(tile, tiles_m, tiles_n)
+            acc = gl.zeros([64, 128], gl.float32, layout)
+            for _ in range(0, K, 128):
+                stage = step % STAGES
+                hopper.mbarrier.wait(full.index(stage), step // STAGES & 1)
+                a, w = a_bufs.index(stage * GROUPS + group), w_bufs.index(stage).permute((1, 0))
+                low = hopper.warpgroup_mma(a, w, zeros, use_acc=False, is_async=True)
+                low = hopper.warpgroup_mma_wait(0, deps=(low,))
+                hopper.mbarrier.arrive(empty.index(stage), count=1)
+                acc += low
+                step += 1
+            row, col = (m * GROUPS + group) * 64, n * 128
+            offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+            offs_n = col + gl.arange(0, 128, gl.SliceLayout(0, layout))
+            acc *= gl.expand_dims(gl.load(a_scale_ptr + offs_m * strides[0], mask=offs_m < M, other=0.0), 1)
+            acc *= gl.expand_dims(gl.load(w_scale_ptr + offs_n * strides[1], mask=offs_n < N, other=0.0), 0)
+            if HAS_BIAS:
+                acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32), 0)
+            halves = gl.split(gl.permute(gl.reshape(acc, [64, 2, 64]), (0, 2, 1)))
+            for half in gl.static_range(2):
+                hopper.tma.store_wait(0)
+                y_buf.store(halves[half].to(y_desc.dtype))
+                hopper.fence_async_shared()
+                _tma_store(y_desc, [row, col + half * 64], y_buf)
+        hopper.tma.store_wait(0)
+
+    @gluon.jit(do_not_specialize=["M"])
+    def _gemm_groups_kernel(
+        a_desc, w_desc, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, stride_asm, stride_wsn,
+        HAS_BIAS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """_gemm_tma_kernel's promoted products, bit for bit, with its warps apart: one warp loads, and groups of four
+        multiply 64 rows of a each: while one adds its sums up in float32, the tensor cores serve the others."""
+        a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES * GROUPS, 64, 128], a_desc.layout)
+        w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 128, 128], w_desc.layout)
+        y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 64, 64], y_desc.layout)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            hopper.mbarrier.init(full.index(stage), count=1)
+            hopper.mbarrier.init(empty.index(stage), count=GROUPS)
+        hopper.fence_async_shared()
+        tiles_m, tiles_n = gl.cdiv(M, 64 * GROUPS), gl.cdiv(N, 128)
+        pointers, strides = (a_scale_ptr, w_scale_ptr, bias_ptr), (stride_asm, stride_wsn)
+        buffers = a_bufs, w_bufs, y_bufs, full, empty
+        if GROUPS == 2:
+            gl.warp_specialize([
+                (_multiply_tiles, (0, y_desc, pointers, strides, buffers, tiles_m, tiles_n, M, N, K, HAS_BIAS)),
+                (_multiply_tiles, (1, y_desc, pointers, strides, buffers, tiles_m, tiles_n, M, N, K, HAS_BIAS)),
+                (_load_tiles, (a_desc, w_desc, buffers, tiles_m, tiles_n, K)),
+            ], [4, 1], [232, 40])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (_multiply_tiles, (0, y_desc, pointers, strides, buffers, tiles_m, tiles_n, M, N, K, HAS_BIAS)),
+                (_multiply_tiles, (1, y_desc, pointers, strides, buffers, tiles_m, tiles_n, M, N, K, HAS_BIAS)),
+                (_multiply_tiles, (2, y_desc, pointers, strides, buffers, tiles_m, tiles_n, M, N, K, HAS_BIAS)),
+                (_load_tiles, (a_desc, w_desc, buffers, tiles_m, tiles_n, K)),
+            ], [4, 4, 1], [160, 160, 32])  # fmt: skip
+
+
 _compiled = {}  # what Triton has compiled, by all that it may depend on
 
 
@@ -356,7 +470,7 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
         return
     device = torch._C._cuda_getDevice()
     kinds = [
-        t if t is None else (t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else
+        t if t is None else (t.base.dtype, *t.block_shape) if type(t).__name__ == "TensorDescriptor" else
         t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors
     ]  # fmt: skip
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
@@ -542,10 +656,17 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         _enqueue(_gemv_kernel, -(-N // block_n), (a, b, a_scale, b_scale, bias, y), scalars, num_warps=4)
         return y
     rows = _rule_rows(M)
-    hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms
-    if rows > 64 and hopper and not few and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
-        _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
-        return y
+    on_hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms
+    if rows > 64 and on_hopper and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
+        if (
+            gluon is not None and promote and not blocks and 2 * _tiles(rows, N, 128, 128) > sms
+            and not (_INTERPRET or torch.compiler.is_compiling())  # which knows no kernels of Gluon's
+        ):  # fmt: skip
+            _launch_groups(a, w, y, a_scale, b_scale, bias, strides, sms)
+            return y
+        if not few:
+            _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
+            return y
     ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
     if ieee:
         block_m, block_n, block_k, warps, stages = 32 if rows > 16 else 16, 64, 128 if blocks else 32, 4, 2
@@ -556,7 +677,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
             block_k = 256  # us, M = 16: 23 and not 31 at 14336 x 4096, 8.4 and not 10.1 at 4096 x 4096
         elif stages == 6 and rows <= 32 and not 128 * sms < N <= 192 * sms:  # there 3 programs with 6 fit: all at once
             stages = 8  # us, M = 8, promoted: 28 and not 32 at 14336 x 4096, 44 and not 50 at 5120 x 27648
-    elif promote and hopper:
+    elif promote and on_hopper:
         # Small tiles give work to each SM. us, block scales, M = 100: 42 and not the 82 of 128 x 128 at 14336 x 4096,
         # 26 and not 35 at 4096 x 14336, 15 and not 25 at 4096 x 4096; M = 512 at 14336 x 4096: 65 and not 81
         block_m, block_n, block_k, warps = 64 if _tiles(rows, N, 64, 64) <= sms else 128, 64, 128, 4
@@ -602,6 +723,26 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
     )  # fmt: skip
     scalars = M, N, K, *strides, blocks, promote, bias is not None, block_m, block_n, 128
     _enqueue(_gemm_tma_kernel, programs, tensors, scalars, num_warps=warps, num_stages=stages)
+
+
+def _launch_groups(a, w, y, a_scale, b_scale, bias, strides, sms) -> None:
+    # M = 256, 384, 1024, 2048, 8192 at 4096 x 14336: 1.01, 1.08, 0.96, 0.98, 1.02 of _scaled_mm's speed, by
+    # _gemm_tma_kernel 0.88, 0.78, 0.82, 0.92, 0.90 (H200); at 8192 x 8192 1.02, 1.28, 0.97, 0.95, 1.00 and 0.83 to 0.88
+    (M, K), N = a.shape, w.shape[0]
+    two, three = (_tiles(M, N, 64 * groups, 128) for groups in (2, 3))
+    groups, tiles, stages = 2, two, 6
+    # a round of tiles takes three groups 1.39 times as long; with float32 to write they run out of registers
+    if -(-three // sms) * 139 < -(-two // sms) * 100 and y.element_size() == 2:
+        groups, tiles, stages = 3, three, 5
+    in_bytes, layout = gl.NVMMASharedLayout(128, 8, 2), gl.NVMMASharedLayout(128, 8 * y.element_size(), 2)
+    tensors = (
+        GluonDescriptor.from_tensor(a, [64, 128], in_bytes),
+        GluonDescriptor.from_tensor(w, [128, 128], in_bytes),
+        GluonDescriptor.from_tensor(y, [64, 64], layout),
+        a_scale, b_scale, b_scale if bias is None else bias,
+    )  # fmt: skip
+    scalars = M, N, K, strides[0], strides[2], bias is not None, groups, stages
+    _enqueue(_gemm_groups_kernel, min(sms, tiles), tensors, scalars, num_warps=4)
 
 
 def _product(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) -> Tensor:

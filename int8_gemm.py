@@ -26,6 +26,21 @@ try:
 except ImportError:  # no Triton on this platform: the twins serve every call
     triton = None
 
+try:  # Triton's lower level, an experiment still: with the releases that its kernel was compiled with
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    if not (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 10):
+        raise ImportError
+    if hasattr(hopper.tma, "async_load"):  # Triton 3.9's names
+        _tma_load, _tma_store = hopper.tma.async_load, hopper.tma.async_store
+    else:
+        _tma_load, _tma_store = hopper.tma.async_copy_global_to_shared, hopper.tma.async_copy_shared_to_global
+except ImportError:
+    gluon = None
+
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads the variable when it decorates a kernel
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _OLD_TRITON = triton is not None and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6)
@@ -309,6 +324,131 @@ if triton is not None:
             y_desc.store([m, n + BLOCK_N // 2], right.to(y_desc.dtype))
 
 
+if gluon is not None:
+
+    @gluon.jit
+    def _place(turn, sizes):
+        """The part of K, the row and the column of a program's next tile."""
+        tiles_m, tiles_n, parts, N, K = sizes
+        GROUP_M: gl.constexpr = 8  # as in _gemm_tma_kernel
+        tile = turn // parts
+        first_m = tile // (GROUP_M * tiles_n) * GROUP_M
+        group_m = gl.minimum(tiles_m - first_m, GROUP_M)
+        tile %= GROUP_M * tiles_n
+        return turn % parts, first_m + tile % group_m, tile // group_m
+
+    @gluon.jit
+    def _load_tiles(x_desc, w_desc, buffers, sizes):
+        x_bufs, w_bufs, y_bufs, full, empty = buffers
+        tiles_m, tiles_n, parts, N, K = sizes
+        STAGES: gl.constexpr = x_bufs.shape[0]
+        GROUPS: gl.constexpr = w_bufs.shape[0] // STAGES
+        BLOCK_M: gl.constexpr = x_bufs.shape[1]
+        step = 0
+        for turn in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
+            part, m, n = _place(turn, sizes)
+            for k in range(part * 64, part * 64 + gl.cdiv(K - part * 64, 128 * parts) * 128 * parts, 64 * parts):
+                stage = step % STAGES
+                hopper.mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
+                hopper.mbarrier.expect(full.index(stage), (2 * BLOCK_M + 64 * GROUPS) * 64)
+                for group in gl.static_range(GROUPS):
+                    row, w_buf = (n * GROUPS + group) * 64, w_bufs.index(stage * GROUPS + group)
+                    _tma_load(w_desc, [row, k], full.index(stage), w_buf)
+                x_buf = x_bufs.index(stage)
+                _tma_load(x_desc, [m * BLOCK_M, k], full.index(stage), x_buf)
+                step += 1
+
+    @gluon.jit
+    def _widen_tile(w_buf, dtype: gl.constexpr, layout: gl.constexpr):
+        """64 x 64 of the weight, in the registers from which a product reads: columns in _gemm_kernel's order."""
+        in_bytes: gl.constexpr = gl.DistributedLinearLayout(  # a thread reads 16 in a row
+            [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]],
+            [], [64, 64],
+        )  # fmt: skip
+        w = w_buf.load(in_bytes)
+        if dtype == gl.float16:  # by bits, as in _widen
+            w = (w.to(gl.uint8, bitcast=True).to(gl.int16) ^ 0x6480).to(gl.float16, bitcast=True) - 1152.0
+        w = gl.permute(gl.reshape(w.to(dtype), (64, 4, 4, 2, 2)), (0, 2, 3, 1, 4))
+        return gl.convert_layout(gl.reshape(w, (64, 64)), gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
+
+    @gluon.jit
+    def _multiply_tiles(
+        group, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS: gl.constexpr, FINISH: gl.constexpr
+    ):
+        x_bufs, w_bufs, y_bufs, full, empty = buffers
+        tiles_m, tiles_n, parts, N, K = sizes
+        STAGES: gl.constexpr = x_bufs.shape[0]
+        GROUPS: gl.constexpr = w_bufs.shape[0] // STAGES
+        BLOCK_M: gl.constexpr = x_bufs.shape[1]
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+        y_buf, step = y_bufs.index(group), 0
+        for turn in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
+            part, m, n = _place(turn, sizes)
+            acc = gl.zeros([64, BLOCK_M], gl.float32, layout)
+            for _ in range(gl.cdiv(K - part * 64, 128 * parts)):  # two steps at once: half of the waiting
+                first, second = step % STAGES, (step + 1) % STAGES
+                hopper.mbarrier.wait(full.index(first), step // STAGES & 1)
+                w = _widen_tile(w_bufs.index(first * GROUPS + group), x_bufs.dtype, layout)
+                hopper.mbarrier.wait(full.index(second), (step + 1) // STAGES & 1)
+                more_w = _widen_tile(w_bufs.index(second * GROUPS + group), x_bufs.dtype, layout)
+                sums = hopper.warpgroup_mma(w, x_bufs.index(first).permute((1, 0)), acc, is_async=True)
+                sums = hopper.warpgroup_mma(more_w, x_bufs.index(second).permute((1, 0)), sums, is_async=True)
+                acc, w, more_w = hopper.warpgroup_mma_wait(0, deps=(sums, w, more_w))
+                hopper.mbarrier.arrive(empty.index(first), count=1)
+                hopper.mbarrier.arrive(empty.index(second), count=1)
+                step += 2
+            col = (n * GROUPS + group) * 64
+            if FINISH:
+                offs_n = col + gl.arange(0, 64, gl.SliceLayout(1, layout))
+                acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0), 1)
+                if HAS_BIAS:
+                    bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+                    acc += gl.expand_dims(bias.to(gl.float32), 1)
+            halves = gl.split(gl.permute(gl.reshape(acc, [64, 2, BLOCK_M // 2]), (0, 2, 1)))
+            for half in gl.static_range(2):
+                row = (part * tiles_m + m) * BLOCK_M + half * (BLOCK_M // 2)
+                hopper.tma.store_wait(0)
+                y_buf.permute((1, 0)).store(halves[half].to(y_desc.dtype))
+                hopper.fence_async_shared()
+                _tma_store(y_desc, [row, col], y_buf)
+        hopper.tma.store_wait(0)
+
+    @gluon.jit(do_not_specialize=["M", "parts"])
+    def _gemm_groups_kernel(
+        x_desc, w_desc, y_desc, scale_ptr, bias_ptr, M, N, K, parts,
+        HAS_BIAS: gl.constexpr, FINISH: gl.constexpr, GROUPS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """_gemm_kernel's PERMUTED products with the warps apart: one loads, and groups of four each widen 64 rows of
+        the weight and multiply them, so that one group's widening hides behind another's products.
+
+        As many programs as there are SMs walk over the tiles, or over each's parts of K: then y is (parts, rows, N).
+        """
+        x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
+        w_bufs = gl.allocate_shared_memory(gl.int8, [STAGES * GROUPS, 64, 64], w_desc.layout)
+        y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, BLOCK_M // 2, 64], y_desc.layout)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            hopper.mbarrier.init(full.index(stage), count=1)
+            hopper.mbarrier.init(empty.index(stage), count=GROUPS)
+        hopper.fence_async_shared()
+        buffers = x_bufs, w_bufs, y_bufs, full, empty
+        sizes = gl.cdiv(M, BLOCK_M), gl.cdiv(N, 64 * GROUPS), parts, N, K
+        if GROUPS == 2:
+            gl.warp_specialize([
+                (_multiply_tiles, (0, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
+                (_multiply_tiles, (1, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
+                (_load_tiles, (x_desc, w_desc, buffers, sizes)),
+            ], [4, 1], [232, 40])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (_multiply_tiles, (0, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
+                (_multiply_tiles, (1, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
+                (_multiply_tiles, (2, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
+                (_load_tiles, (x_desc, w_desc, buffers, sizes)),
+            ], [4, 4, 1], [160, 160, 32])  # fmt: skip
+
+
 _compiled = {}  # what Triton has compiled, by all that it may depend on
 
 
@@ -326,7 +466,7 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
         return
     device = torch._C._cuda_getDevice()
     kinds = [
-        t if t is None else (t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else
+        t if t is None else (t.base.dtype, *t.block_shape) if type(t).__name__ == "TensorDescriptor" else
         t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors
     ]  # fmt: skip
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
@@ -496,6 +636,15 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         _enqueue(_one_row_kernel, -(-N // block_n), (x, weight, x_scale, scale, bias, y), scalars, num_warps=warps)
         return y
     rows, ieee = _rule_rows(M), not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
+    # Where tiles of 192 rows fill their turns, _gemm_kernel is faster: us at M = 160, N = 14336 50 and 54; where they
+    # do not, at N = 18944, 82 and 68
+    full = 128 < rows <= 192 and N > 102 * sms * -(-N // (128 * sms))
+    if (
+        gluon is not None and capability[0] == 9 and 64 < rows <= max(1024, N // 4) and not (w8a8 or ieee or full)
+        and N % 8 == 0 and not (_INTERPRET or torch.compiler.is_compiling())  # which knows no kernels of Gluon's
+    ):  # fmt: skip
+        _int8_gemm_groups(x, weight, scale, bias, y, sms)
+        return y
     memory = capability[0] in (9, 10)  # 227 kB of shared memory on an SM, others 100
     wide, widest = N > 64 * sms, N > 128 * sms  # many channels: the SMs are busy without dividing the work finely
     # us for W8A16 by _gemm_kernel, and with the weight widened before: M = 512 104, 134 at (4096, 14336) and 109, 138
@@ -579,6 +728,44 @@ def _parts(tiles: int, M: int, N: int, K: int, w8a8: bool, sms: int) -> int:
     if not w8a8 and 4 * tiles <= sms and M <= 192 and K >= 1024 and M * N <= 100 * K:
         return 8
     return 4 if 2 * tiles <= sms else 2
+
+
+@functools.cache
+def _groups_rule(M: int, N: int, K: int, sms: int) -> tuple[int, int, int]:
+    """BLOCK_M, GROUPS and parts of K: the tile that takes least, where K / 64 steps do (H200) and a tile's end."""
+    least = None
+    for block_m, groups, step, end in ((256, 2, 640, 2500), (128, 2, 360, 2500), (128, 3, 490, 4000)):  # ns
+        for parts in (1, 2, 3, 4):
+            tiles = -(-M // block_m) * -(-N // (64 * groups)) * parts
+            time = -(-tiles // sms) * (K // 64 * step // parts + end)
+            time += 3000 + parts * M * N // 750 if parts > 1 else 0  # the parts' sums are added up
+            if least is None or time < least:
+                choice, least = (block_m, groups, parts), time
+    return choice
+
+
+def _int8_gemm_groups(x, weight, scale, bias, y, sms):
+    """Fills y. x in 16 bits, on Hopper."""
+    # us by this and by the other kernels (H200), (4096, 14336), M = 128, 256, 384, 640, 1024, 2048: 38, 54, 80, 118,
+    # 185, 320 and 41, 59, 98, 156, 205, 344 (bf16 41, 48, 65, 109, 155, 305); (13824, 5120), M = 128, 256, 640: 46, 69,
+    # 158 and 62, 98, 180. From N / 4 rows on, to put x in order takes as long as to widen the weight
+    (M, K), N = x.shape, weight.shape[0]
+    block_m, groups, parts = _groups_rule(M, N, K, sms)
+    x, weight = _cast_rows(x, x.dtype, permuted=block_m), _for_tma(weight)
+    out = y if parts == 1 else y.new_empty(parts * x.shape[0], N, dtype=torch.float32)
+    layout, in_bytes = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(64, 8, 2)
+    tensors = (
+        GluonDescriptor.from_tensor(x, [block_m, 64], layout),
+        GluonDescriptor.from_tensor(weight, [64, 64], in_bytes),
+        GluonDescriptor.from_tensor(out, [block_m // 2, 64], gl.NVMMASharedLayout(128, 8 * out.element_size(), 2)),
+        scale, scale if bias is None else bias,
+    )  # fmt: skip
+    scalars = M, N, K, parts, bias is not None, parts == 1, groups, block_m, 4 if block_m == 256 else 6
+    programs = min(sms, x.shape[0] // block_m * -(-N // (64 * groups)) * parts)
+    _enqueue(_gemm_groups_kernel, programs, tensors, scalars, num_warps=4)
+    if parts > 1:
+        scalars = x.shape[0], N, parts, 1024
+        _enqueue(_add_parts_kernel, M * -(-N // 1024), (out, None, scale, bias, y), scalars, num_warps=4)
 
 
 def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):

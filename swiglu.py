@@ -239,7 +239,7 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
         return
     device = torch._C._cuda_getDevice()
     kinds = [
-        t if t is None else (t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else
+        t if t is None else (t.base.dtype, *t.block_shape) if type(t).__name__ == "TensorDescriptor" else
         t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in tensors
     ]  # fmt: skip
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock

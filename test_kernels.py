@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
@@ -2630,6 +2631,47 @@ def test_int8_gemm(shape, quantize_activations):
         check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, x, w, s, b, **kwargs)
 
 
+needs_groups = pytest.mark.skipif(
+    not GPU or int8_gemm.gluon is None or torch.cuda.get_device_capability()[0] != 9,
+    reason="Gluon's kernels: on Hopper, with Triton 3.6 and up; the interpreter knows none")  # fmt: skip
+
+
+@needs_groups
+@pytest.mark.parametrize("tile", [(256, 2), (128, 2), (128, 3)], ids=str)
+def test_int8_gemm_groups(tile, monkeypatch):
+    """Every tile and division of K, of which the rule takes one; K below a step, channels below a tile, several tiles a program."""
+    launched, run = [], int8_gemm._enqueue
+    monkeypatch.setattr(int8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append(kernel), run(kernel, *args, **options)))
+    for M, N, K in [(65, 8, 1), (70, 72, 40), (129, 200, 200), (300, 1000, 1000), (513, 264, 4096), (1000, 9000, 130)]:
+        w, s = _int8_weight(N, K)
+        for parts in (1, 2, 3, 4):
+            monkeypatch.setattr(int8_gemm, "_groups_rule", lambda *sizes, parts=parts: (*tile, parts))
+            for dtype, b in ((torch.bfloat16, randn(N)), (torch.float16, randn(N, dtype=torch.float16)), (torch.bfloat16, None)):
+                x = randn(M, K + 3, dtype=dtype)[:, :K]
+                check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, x, w, s, b)
+                y = int8_gemm.int8_gemm(x, w, s, b)
+                assert all(torch.equal(int8_gemm.int8_gemm(x, w, s, b), y) for _ in range(5))
+    assert int8_gemm._gemm_groups_kernel in launched and int8_gemm._gemm_kernel not in launched
+
+
+def test_int8_gemm_groups_rule():
+    """What it took of the tiles and divisions that were measured on an H200."""
+    best = {(128, 14336, 4096): (128, 2, 1), (256, 14336, 4096): (256, 2, 1), (384, 14336, 4096): (128, 3, 1), (640, 14336, 4096): (128, 3, 1),
+            (2048, 14336, 4096): (256, 2, 1), (128, 4096, 14336): (128, 2, 4), (256, 4096, 14336): (256, 2, 4), (384, 4096, 14336): (128, 3, 2)}  # fmt: skip
+    assert {sizes: int8_gemm._groups_rule(*sizes, 132) for sizes in best} == best
+
+
+@needs_groups
+def test_int8_gemm_without_groups(monkeypatch):
+    """Hopper's products with Triton's releases before 3.6, and under torch.compile."""
+    monkeypatch.setattr(int8_gemm, "gluon", None)
+    for M, N, K in INT8_SHAPES:
+        if M > 64:
+            w, s = _int8_weight(N, K)
+            for dtype in (torch.float16, torch.bfloat16):
+                check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(M, K, dtype=dtype), w, s, randn(N, dtype=dtype))
+
+
 @pytest.mark.parametrize("quantize_activations", [False, True])
 def test_int8_gemm_gradients(quantize_activations):
     for M, N, K in [(1, 7, 13), (20, 33, 70)] + ([(300, 4096, 2048)] if GPU else []):
@@ -3158,6 +3200,11 @@ _INT8_SIG = {"x_ptr": "*bf16", "w_ptr": "*i8", "parts_ptr": "*fp32", "q_ptr": "*
              "stride_xm": "i32", "stride_wn": "i32", "stride_qn": "i32"}  # fmt: skip
 
 
+def _hopper_aot(dtype, rows, columns, bits, swizzle=128):
+    """The type of Gluon's descriptor of boxes rows x columns."""
+    return f"tensordesc<{dtype}[{rows}, {columns}],{int8_gemm.gl.NVMMASharedLayout(swizzle, bits, 2)!r}>"
+
+
 def _int8_aot(kernel, constexprs, warps, targets=None, stages=None, **types):
     names = getattr(int8_gemm, kernel).arg_names
     constexprs = {**({"x_scale_ptr": None} if "x_scale_ptr" in names and "i8" not in types.get("x_ptr", "") + types.get("x_desc", "") else {}), **constexprs}
@@ -3204,6 +3251,11 @@ for _type, _block_k in [("i8", 128), ("bf16", 64), ("fp16", 64)]:
         _int8_aot("_gemm_tma_kernel", dict(BLOCK_M=_block_m, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (_target,), _stages,
                   x_desc=f"tensordesc<{_type}[{_block_m},{_block_k}]>", w_desc=f"tensordesc<{_type}[{_block_n},{_block_k}]>",
                   y_desc=f"tensordesc<bf16[{_block_m},{_block_n // 2}]>")  # fmt: skip
+for _type, (_m, _groups, _stages) in itertools.product(("bf16", "fp16"), [(256, 2, 4), (128, 2, 6), (128, 3, 6)]) if int8_gemm.gluon else ():
+    for _finish in (True, False):
+        _out = (_type, 16) if _finish else ("fp32", 32)
+        _int8_aot("_gemm_groups_kernel", dict(HAS_BIAS=True, FINISH=_finish, GROUPS=_groups, BLOCK_M=_m, STAGES=_stages), 4, (90,), x_desc=_hopper_aot(_type, _m, 64, 16),
+                  w_desc=_hopper_aot("i8", 64, 64, 8, 64), y_desc=_hopper_aot(_out[0], _m // 2, 64, _out[1]), parts="i32")  # fmt: skip
 for _long, _block_m, _block_k in [(False, 16, 128), (False, 1, 4096), (False, 1, 16384), (True, 1, 16384)]:
     _int8_aot("_quantize_rows_kernel", dict(QMAX=127, LONG=_long, BLOCK_M=_block_m, BLOCK_K=_block_k), 8 if _block_k > 4096 else 4)
 _int8_aot("_quantize_flat_kernel", dict(QMAX=127, BLOCK=4096), 4)
@@ -3313,6 +3365,25 @@ def test_fp8_gemm_persistent_kernel():
                 return y
 
             _fp8_check(a, b, sa, sb, torch.float32, added, not promote, fn)
+
+
+@needs_groups
+def test_fp8_gemm_groups(monkeypatch):
+    """Promoted products by groups of warps: the bits of the kernel that serves older releases of Triton and torch.compile."""
+    launched, run = [], fp8_gemm._enqueue
+    monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append((kernel, args[2][6:7])), run(kernel, *args, **options)))
+    for M, N, K in [(70, 8576, 16), (130, 8584, 400), (300, 3000, 3200), (576, 7680, 1040), (1111, 3008, 4160)]:
+        for recipe, dtype in itertools.product(("tensor", "row"), (torch.bfloat16, torch.float16, torch.float32)):
+            a, b, sa, sb = _fp8_operands(M, N, K, recipe)
+            for bias in (randn(N), None):
+                with poisoned(), kernel_only(fp8_gemm):
+                    got = fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False)
+                with monkeypatch.context() as m:
+                    m.setattr(fp8_gemm, "gluon", None)
+                    assert torch.equal(got, fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False)), (M, N, K, recipe, dtype)
+                assert all(torch.equal(fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False), got) for _ in range(5))
+    groups = {scalars[0] for kernel, scalars in launched if kernel is fp8_gemm._gemm_groups_kernel}
+    assert groups == {2, 3} and any(kernel is fp8_gemm._gemm_tma_kernel for kernel, _ in launched)
 
 
 def test_fp8_widening_is_exact():
@@ -3903,6 +3974,11 @@ for _blocks, _promote, _m, _n, _warps, _stages in [
                  "y_desc": f"tensordesc<bf16[{_rows},{_n // 2}]>"} | _fp8_pointers | _fp8_scales,
                 {"BLOCKS": _blocks, "PROMOTE": _promote, "HAS_BIAS": True, "BLOCK_M": _m, "BLOCK_N": _n, "BLOCK_K": 128},
                 _warps, [90], {"num_stages": _stages}))  # fmt: skip
+for _groups, _stages, _out, _bits in [(2, 6, "bf16", 16), (2, 6, "fp32", 32), (3, 5, "bf16", 16), (3, 5, "fp16", 16)] if fp8_gemm.gluon else ():
+    AOT.append(("fp8_gemm", "_gemm_groups_kernel",
+                {"a_desc": _hopper_aot("fp8e4nv", 64, 128, 8), "w_desc": _hopper_aot("fp8e4nv", 128, 128, 8), "y_desc": _hopper_aot(_out, 64, 64, _bits),
+                 "stride_asm": "i32", "stride_wsn": "i32"} | _fp8_pointers,
+                {"HAS_BIAS": True, "GROUPS": _groups, "STAGES": _stages}, 4, [90], {}))  # fmt: skip
 for _blocks in (False, True):
     for _type, _targets in (("fp8e4nv", [89, 90, 100, 120]), ("u8", [75, 80, 86, "gfx942"])):
         AOT.append(("fp8_gemm", "_gemv_kernel",
@@ -5555,7 +5631,7 @@ TRUST_OPS = (fp8_gemm, fused_rmsnorm_rope, int8_gemm, rmsnorm, rope, swiglu)
 
 def trust_variants():
     """Kernel -> how many variants of it this process has compiled."""
-    kernels = {f"{m.__name__}.{n}": k for m in TRUST_OPS for n, k in vars(m).items() if type(k).__name__ == "JITFunction"}
+    kernels = {f"{m.__name__}.{n}": k for m in TRUST_OPS for n, k in vars(m).items() if type(k).__name__.endswith("JITFunction")}
     return {n: sum(len(caches[0]) for caches in k.device_caches.values()) for n, k in kernels.items()}
 
 
@@ -6335,7 +6411,7 @@ def trust_every_kernel(op):
     elif op == "int8_gemm":
         w, s = int8_gemm.quantize_weight_per_channel(randn(96, 512))
         int8_gemm.quantize_symmetric(randn(5, 70))
-        for M in (1, 8, 20, 70, 140, 300, 800) if GPU else (1, 8, 40):
+        for M in (1, 8, 20, 70, 140, 300, 1100) if GPU else (1, 8, 40):
             for dtype in (low, torch.float32) if GPU else (low,):
                 for w8a8 in (False, True):
                     both(int8_gemm.int8_gemm, randn(M, 512, dtype=dtype, grad=True), w, s, randn(96, dtype=half), quantize_activations=w8a8)
@@ -6345,6 +6421,9 @@ def trust_every_kernel(op):
             (b, sb), (a, sa) = (fp8_gemm.quantize_fp8(randn(M, 512), g) for M, g in ((96, "block2d" if granularity == "block" else granularity), (300, granularity)))
             for M in (1, 20, 70, 300) if GPU else (1, 20):
                 for fast in (True, False) if GPU else (True,):
+                    if M == 300 and granularity != "block":  # enough channels for every SM
+                        (wide, sw), (rows, sr) = (fp8_gemm.quantize_fp8(randn(n, 128), granularity) for n in (8576, 130))
+                        fp8_gemm.fp8_gemm(rows, wide.t(), sr, sw.t(), torch.float32, fast_accum=fast)
                     fp8_gemm.fp8_gemm(a[:M], b.t(), sa[:M] if sa.dim() else sa, sb.t(), torch.float32, randn(96), fast_accum=fast)
 
 
@@ -6368,7 +6447,8 @@ def test_trust_every_kernel_once(monkeypatch, op):
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", note)
         trust_every_kernel(op)
     hopper = GPU and torch.cuda.get_device_capability()[0] in (9, 10)
-    missing = {n for n in kernels if n not in launched and (hopper or "tma" not in n)}
+    groups = GPU and torch.cuda.get_device_capability()[0] == 9
+    missing = {n for n in kernels if n not in launched and (hopper or "tma" not in n) and (groups or "groups" not in n)}
     assert not missing, f"launched by none of the calls: {sorted(missing)}"
 
 
@@ -6763,7 +6843,6 @@ def test_trust_row_counts_of_traced_products(tmp_path):
 
 import ast  # noqa: E402
 import inspect  # noqa: E402
-import itertools  # noqa: E402
 import random  # noqa: E402
 
 HOST_OPS = (fp8_gemm, fused_rmsnorm_rope, int8_gemm, rmsnorm, rope, swiglu)
@@ -6882,7 +6961,7 @@ def test_host_plain_launches(host_op, monkeypatch):
 
 def test_host_one_way_in_every_file():
     """One text, but for the descriptors, which three of the files know."""
-    descriptors = "(t.base.dtype, *t.block_shape) if type(t) is TensorDescriptor else "
+    descriptors = "(t.base.dtype, *t.block_shape) if type(t).__name__ == 'TensorDescriptor' else "
     sources = [ast.unparse(ast.parse(inspect.getsource(m._enqueue))) for m in HOST_OPS]
     assert len({s.replace(descriptors, "") for s in sources}) == 1
 
@@ -7132,7 +7211,9 @@ def build(job):
     free = {p.name for p in kernel.params if p.do_not_specialize} | {"M"}
     hints = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n][0] in "*i" and n not in free}
     values = {(names.index(n),): v for n, v in constexprs.items()}
-    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=values, attrs=hints)
+    gluon = type(kernel).__name__ == "GluonJITFunction"
+    make = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource if gluon else triton.compiler.ASTSource
+    source = make(fn=kernel, signature=types, constexprs=values, attrs=hints)
     try:
         built = triton.compile(source, target=gpu, options={"num_warps": warps, **options})
         if isinstance(target, str):
@@ -7148,7 +7229,7 @@ def build(job):
         text = built.asm["amdgcn" if isinstance(target, str) else "ptx"]
         units = sorted(set(re.findall(r"v_mfma_\w+|wgmma\.mma_async\S+|tcgen05\.mma\S+|\bmma\.sync\S+|cp\.async\.bulk\.tensor|\badd\.f16x2", text)))
         result = {"registers": registers, "spilled": spilled, "shared": built.metadata.shared, "units": units}
-        return result | ({"written": written(kernel, signature, constexprs)} if target == 90 else {})
+        return result | ({"written": written(kernel, signature, constexprs)} if target == 90 and not gluon else {})
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[-2000:]}
 
