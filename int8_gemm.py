@@ -636,12 +636,14 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         _enqueue(_one_row_kernel, -(-N // block_n), (x, weight, x_scale, scale, bias, y), scalars, num_warps=warps)
         return y
     rows, ieee = _rule_rows(M), not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
-    # Where tiles of 192 rows fill their turns, _gemm_kernel is faster: us at M = 160, N = 14336 50 and 54; where they
-    # do not, at N = 18944, 82 and 68
+    # By groups of warps, but where tiles of 192 rows fill their turns (us at M = 160, N = 14336: 54, else 50; at N =
+    # 18944 68, else 82) and where eight parts of K do better: (8192, 1024), M = 128, 384: 25, 28, else 18, 33
     full = 128 < rows <= 192 and N > 102 * sms * -(-N // (128 * sms))
+    few_channels = N < 2048 and rows <= 256
     if (
-        gluon is not None and capability[0] == 9 and 64 < rows <= max(1024, N // 4) and not (w8a8 or ieee or full)
-        and N % 8 == 0 and not (_INTERPRET or torch.compiler.is_compiling())  # which knows no kernels of Gluon's
+        gluon is not None and capability[0] == 9 and 64 < rows <= max(1024, N // 4) and N % 8 == 0
+        and not (w8a8 or ieee or full or few_channels)
+        and not (_INTERPRET or torch.compiler.is_compiling())  # which knows no kernels of Gluon's
     ):  # fmt: skip
         _int8_gemm_groups(x, weight, scale, bias, y, sms)
         return y
@@ -744,6 +746,12 @@ def _groups_rule(M: int, N: int, K: int, sms: int) -> tuple[int, int, int]:
     return choice
 
 
+@functools.cache
+def _layout(swizzle: int, bits: int):
+    """Shared memory as TMA writes it and the tensor cores read it; 2.4 us to build."""
+    return gl.NVMMASharedLayout(swizzle, bits, 2)
+
+
 def _int8_gemm_groups(x, weight, scale, bias, y, sms):
     """Fills y. x in 16 bits, on Hopper."""
     # us by this and by the other kernels (H200), (4096, 14336), M = 128, 256, 384, 640, 1024, 2048: 38, 54, 80, 118,
@@ -753,11 +761,10 @@ def _int8_gemm_groups(x, weight, scale, bias, y, sms):
     block_m, groups, parts = _groups_rule(M, N, K, sms)
     x, weight = _cast_rows(x, x.dtype, permuted=block_m), _for_tma(weight)
     out = y if parts == 1 else y.new_empty(parts * x.shape[0], N, dtype=torch.float32)
-    layout, in_bytes = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(64, 8, 2)
     tensors = (
-        GluonDescriptor.from_tensor(x, [block_m, 64], layout),
-        GluonDescriptor.from_tensor(weight, [64, 64], in_bytes),
-        GluonDescriptor.from_tensor(out, [block_m // 2, 64], gl.NVMMASharedLayout(128, 8 * out.element_size(), 2)),
+        GluonDescriptor.from_tensor(x, [block_m, 64], _layout(128, 16)),
+        GluonDescriptor.from_tensor(weight, [64, 64], _layout(64, 8)),
+        GluonDescriptor.from_tensor(out, [block_m // 2, 64], _layout(128, 8 * out.element_size())),
         scale, scale if bias is None else bias,
     )  # fmt: skip
     scalars = M, N, K, parts, bias is not None, parts == 1, groups, block_m, 4 if block_m == 256 else 6

@@ -2642,7 +2642,7 @@ def test_int8_gemm_groups(tile, monkeypatch):
     """Every tile and division of K, of which the rule takes one; K below a step, channels below a tile, several tiles a program."""
     launched, run = [], int8_gemm._enqueue
     monkeypatch.setattr(int8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append(kernel), run(kernel, *args, **options)))
-    for M, N, K in [(65, 8, 1), (70, 72, 40), (129, 200, 200), (300, 1000, 1000), (513, 264, 4096), (1000, 9000, 130)]:
+    for M, N, K in [(257, 8, 1), (270, 72, 40), (300, 200, 200), (300, 1000, 1000), (513, 264, 4096), (1000, 9000, 130)]:
         w, s = _int8_weight(N, K)
         for parts in (1, 2, 3, 4):
             monkeypatch.setattr(int8_gemm, "_groups_rule", lambda *sizes, parts=parts: (*tile, parts))
@@ -2652,6 +2652,18 @@ def test_int8_gemm_groups(tile, monkeypatch):
                 y = int8_gemm.int8_gemm(x, w, s, b)
                 assert all(torch.equal(int8_gemm.int8_gemm(x, w, s, b), y) for _ in range(5))
     assert int8_gemm._gemm_groups_kernel in launched and int8_gemm._gemm_kernel not in launched
+
+
+@needs_groups
+def test_int8_gemm_groups_are_launched(monkeypatch):
+    launched, run = [], int8_gemm._enqueue
+    monkeypatch.setattr(int8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append(kernel), run(kernel, *args, **options)))
+    for M, N, groups in [(64, 4096, False), (65, 4096, True), (1024, 2048, True), (1025, 2048, False), (200, 1024, False), (400, 1024, True), (400, 1028, False)]:
+        w, s = _int8_weight(N, 512)
+        for dtype in (torch.bfloat16, torch.float32):
+            launched.clear()
+            check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(M, 512, dtype=dtype), w, s)
+            assert (int8_gemm._gemm_groups_kernel in launched) == (groups and dtype != torch.float32), (M, N, dtype)
 
 
 def test_int8_gemm_groups_rule():

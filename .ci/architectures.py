@@ -63,7 +63,7 @@ def record(target):
     import swiglu
 
     names = {id(k): (m.__name__, n) for m in (fp8_gemm, fused_rmsnorm_rope, int8_gemm, rmsnorm, rope, swiglu)
-             for n, k in vars(m).items() if type(k).__name__ == "JITFunction"}  # fmt: skip
+             for n, k in vars(m).items() if type(k).__name__.endswith("JITFunction")}  # fmt: skip
     for m in (fp8_gemm, fused_rmsnorm_rope, int8_gemm, rmsnorm, rope, swiglu):
         m._kernel_serves = lambda *tensors: True
     jobs, case = {}, [""]
@@ -83,7 +83,8 @@ def record(target):
                 if v.data_ptr() % 16 == 0:
                     divisible.append(n)
             elif type(v).__name__ == "TensorDescriptor":
-                signature[n] = f"tensordesc<{short[v.base.dtype]}{list(v.block_shape)}>"
+                layout = f",{v.layout!r}" if hasattr(v, "layout") else ""  # Gluon's
+                signature[n] = f"tensordesc<{short[v.base.dtype]}{list(v.block_shape)}{layout}>"
             elif isinstance(v, float):
                 signature[n] = "fp32"
             else:
@@ -179,7 +180,9 @@ def build(job):
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     try:
         kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
-        source = triton.compiler.ASTSource(fn=kernel, signature=kinds, constexprs={(names.index(n),): v for n, v in constants.items()},
+        gluon = type(kernel).__name__ == "GluonJITFunction"
+        make = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource if gluon else triton.compiler.ASTSource
+        source = make(fn=kernel, signature=kinds, constexprs={(names.index(n),): v for n, v in constants.items()},
                                            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible if n in names})  # fmt: skip
         built = triton.compile(source, target=gpu, options=options)
         if isinstance(target, str):
