@@ -3263,11 +3263,12 @@ for _type, _block_k in [("i8", 128), ("bf16", 64), ("fp16", 64)]:
         _int8_aot("_gemm_tma_kernel", dict(BLOCK_M=_block_m, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (_target,), _stages,
                   x_desc=f"tensordesc<{_type}[{_block_m},{_block_k}]>", w_desc=f"tensordesc<{_type}[{_block_n},{_block_k}]>",
                   y_desc=f"tensordesc<bf16[{_block_m},{_block_n // 2}]>")  # fmt: skip
-for _type, (_m, _groups, _stages) in itertools.product(("bf16", "fp16"), [(256, 2, 4), (128, 2, 6), (128, 3, 6)]) if int8_gemm.gluon else ():
-    for _finish in (True, False):
-        _out = (_type, 16) if _finish else ("fp32", 32)
-        _int8_aot("_gemm_groups_kernel", dict(HAS_BIAS=True, FINISH=_finish, GROUPS=_groups, BLOCK_M=_m, STAGES=_stages), 4, (90,), x_desc=_hopper_aot(_type, _m, 64, 16),
-                  w_desc=_hopper_aot("i8", 64, 64, 8, 64), y_desc=_hopper_aot(_out[0], _m // 2, 64, _out[1]), parts="i32")  # fmt: skip
+for _type, _m, _groups, _stages, _finish in [
+    ("bf16", 256, 2, 4, True), ("fp16", 256, 2, 4, False), ("fp16", 128, 2, 6, True), ("bf16", 128, 3, 6, False), ("bf16", 128, 3, 6, True),
+] if int8_gemm.gluon else ():  # fmt: skip
+    _out = (_type, 16) if _finish else ("fp32", 32)
+    _int8_aot("_gemm_groups_kernel", dict(HAS_BIAS=True, FINISH=_finish, GROUPS=_groups, BLOCK_M=_m, STAGES=_stages), 4, (90,), x_desc=_hopper_aot(_type, _m, 64, 16),
+              w_desc=_hopper_aot("i8", 64, 64, 8, 64), y_desc=_hopper_aot(_out[0], _m // 2, 64, _out[1]), parts="i32")  # fmt: skip
 for _long, _block_m, _block_k in [(False, 16, 128), (False, 1, 4096), (False, 1, 16384), (True, 1, 16384)]:
     _int8_aot("_quantize_rows_kernel", dict(QMAX=127, LONG=_long, BLOCK_M=_block_m, BLOCK_K=_block_k), 8 if _block_k > 4096 else 4)
 _int8_aot("_quantize_flat_kernel", dict(QMAX=127, BLOCK=4096), 4)
@@ -3986,7 +3987,7 @@ for _blocks, _promote, _m, _n, _warps, _stages in [
                  "y_desc": f"tensordesc<bf16[{_rows},{_n // 2}]>"} | _fp8_pointers | _fp8_scales,
                 {"BLOCKS": _blocks, "PROMOTE": _promote, "HAS_BIAS": True, "BLOCK_M": _m, "BLOCK_N": _n, "BLOCK_K": 128},
                 _warps, [90], {"num_stages": _stages}))  # fmt: skip
-for _groups, _stages, _out, _bits in [(2, 6, "bf16", 16), (2, 6, "fp32", 32), (3, 5, "bf16", 16), (3, 5, "fp16", 16)] if fp8_gemm.gluon else ():
+for _groups, _stages, _out, _bits in [(2, 6, "fp32", 32), (3, 5, "bf16", 16)] if fp8_gemm.gluon else ():
     AOT.append(("fp8_gemm", "_gemm_groups_kernel",
                 {"a_desc": _hopper_aot("fp8e4nv", 64, 128, 8), "w_desc": _hopper_aot("fp8e4nv", 128, 128, 8), "y_desc": _hopper_aot(_out, 64, 64, _bits),
                  "stride_asm": "i32", "stride_wsn": "i32"} | _fp8_pointers,
