@@ -96,7 +96,8 @@ if triton is not None:
     @triton.jit(do_not_specialize=["M"])
     def _rmsnorm_fwd_kernel(
         x_ptr, res_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, stride_xm, stride_rm, M, eps, offset,
-        N: tl.constexpr, LLAMA: tl.constexpr, AGAIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+        N: tl.constexpr, LLAMA: tl.constexpr, AGAIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        UNROLL: tl.constexpr
     ):  # fmt: skip
         rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         cols = tl.arange(0, BLOCK_N)[None, :]
@@ -113,7 +114,7 @@ if triton is not None:
         ONCE: tl.constexpr = "evict_first" if N >= 4 * BLOCK_N else ""
         CACHE: tl.constexpr = ".cg" if N >= 4 * BLOCK_N else ""
         squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, LAST, BLOCK_N):
+        for start in tl.range(0, LAST, BLOCK_N, loop_unroll_factor=UNROLL):
             h = _load_sum(x_ptr, res_ptr, h_ptr, start + cols, rows < M, "evict_last")
             squares = tl.fma(h, h, squares)  # h * h + squares might be rounded otherwise in another variant
         at = LAST + cols
@@ -128,7 +129,7 @@ if triton is not None:
             h = _load_sum(x_ptr, res_ptr, None, at, mask, "evict_first")
             w = _load_weight(w_ptr, at, at < N, offset, CACHE)
         _store_y(y_ptr, at, h * rstd, w, mask, LLAMA, ONCE)
-        for start in range(0, LAST, BLOCK_N):
+        for start in tl.range(0, LAST, BLOCK_N, loop_unroll_factor=UNROLL):
             h = _load_sum(x_ptr, res_ptr, None, start + cols, rows < M, "evict_first")
             w = _load_weight(w_ptr, start + cols, start + cols < N, offset, CACHE)
             _store_y(y_ptr, start + cols, h * rstd, w, rows < M, LLAMA, ONCE)
@@ -292,17 +293,21 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
     # Rows of up to 8192 columns in one block, longer ones in halves or quarters of their power of two; in us on an H200
     # 40.2 at 16384x2560 (eight warps 45.4), 130 at 4096x32768 (in quarters 136), 291 at 16384x18944 (in halves 325),
-    # 2.5 at 4x12288, with a residual 3.6 at 32x12288 and 233 at 10000x12288 (in quarters 2.9, 4.6, 245)
+    # 2.5 at 4x12288, with a residual 3.6 at 32x12288 and 233 at 10000x12288 (in quarters 2.9, 4.6, 245). By 32 warps
+    # 133 at 2730x49152, 134 at 2048x65536, 172 at 883x151936 (by 16: 168, 149, 225); unrolled, where all blocks are
+    # full, 141 at 1024x131072 (149)
     BLOCK_N = _block(N)
     if N > 8192:
         widest = 65536 // x.element_size() // (1 if residual is None else 2)
         BLOCK_N = min(BLOCK_N // (2 if N >= BLOCK_N // 4 * 3 else 4), widest)
-    num_warps = 4 if N <= 3072 else 8 if N <= 6144 else 16
+    num_warps, unroll = 4 if N <= 3072 else 8 if N <= 6144 else 16, 1
+    if N > 32768 and residual is None and torch.version.hip is None:  # 32 of AMD's warps would be too many threads
+        num_warps, unroll = 32, N // BLOCK_N - 1 if N % BLOCK_N == 0 and N <= 8 * BLOCK_N else 1
     BLOCK_M = max(2048 // BLOCK_N, 1)
     # Of many rows those of 4096 to 8192 are read again, too, with the same bits: 250 us at 65536x4096 (held 260), 18.3
     # at 2048x8192 (19.0); but 2.3 at 8x8192 (2.1), and with a residual 18.2 at 2048x4096 (17.0)
     again = 3072 < N <= 8192 and M >= (512 if residual is None else 4096)
-    scalars = _stride(x), _stride(residual), M, eps, offset, N, casting == "llama", again, BLOCK_M, BLOCK_N
+    scalars = _stride(x), _stride(residual), M, eps, offset, N, casting == "llama", again, BLOCK_M, BLOCK_N, unroll
     _enqueue(_rmsnorm_fwd_kernel, -(-M // BLOCK_M), (x, residual, weight, y, h, rstd), scalars, num_warps=num_warps)
     return y, h, rstd
 

@@ -747,8 +747,10 @@ def test_rmsnorm_residual_of_another_16_bits():
 
 
 def _norm_fwd_aot(N, BLOCK_N, warps, BLOCK_M=1, again=False, **none):
-    constants = {"N": N, "LLAMA": False, "AGAIN": again, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, **none}
-    return ("rmsnorm", "_rmsnorm_fwd_kernel", _NORM_FWD, constants, warps, None, {})
+    unroll = N // BLOCK_N - 1 if warps == 32 and N % BLOCK_N == 0 else 1
+    constants = {"N": N, "LLAMA": False, "AGAIN": again, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "UNROLL": unroll, **none}
+    targets = (75, 80, 89, 90, 100) if warps == 32 else None  # AMD's warps are of 64 threads
+    return ("rmsnorm", "_rmsnorm_fwd_kernel", _NORM_FWD, constants, warps, targets, {})
 
 
 def _norm_bwd_aot(N, small=False, **none):
@@ -764,7 +766,7 @@ _PLAIN, _ONE = {"res_ptr": None, "h_ptr": None, "rstd_ptr": None}, {"mean_ptr": 
 AOT += [
     _norm_fwd_aot(128, 128, 4, BLOCK_M=16, **_PLAIN), _norm_fwd_aot(2560, 4096, 4), _norm_fwd_aot(4096, 4096, 8, **_PLAIN),
     _norm_fwd_aot(5120, 8192, 8), _norm_fwd_aot(8192, 8192, 16, again=True, **_PLAIN), _norm_fwd_aot(18944, 8192, 16), _norm_fwd_aot(32768, 16384, 16, **_PLAIN),
-    _norm_fwd_aot(131072, 16384, 16), _norm_fwd_aot(131072, 32768, 16, **_PLAIN),
+    _norm_fwd_aot(131072, 16384, 16), _norm_fwd_aot(131072, 32768, 16, **_PLAIN), _norm_fwd_aot(100000, 32768, 32, **_PLAIN), _norm_fwd_aot(131072, 32768, 32, **_PLAIN),
     *_norm_bwd_aot(128, dh_ptr=None, **_ONE), *_norm_bwd_aot(4096, dh_ptr=None, **_ONE), *_norm_bwd_aot(8192, **_ONE),
     *_norm_bwd_aot(18944, True, dh_ptr=None, **_ONE), *_norm_bwd_aot(32768, True, dh_ptr=None, **_ONE), *_norm_bwd_aot(131072, dres_ptr=None),
     ("rmsnorm", "_rmsnorm_mean_kernel", _NORM_MEAN, {"BLOCK_N": 8192, "STAGES": 3}, 16, (80, 90), {}),
@@ -3387,22 +3389,23 @@ def test_fp8_gemm_persistent_kernel():
 
 
 @needs_groups
-def test_fp8_gemm_groups(monkeypatch):
-    """Promoted products by groups of warps: the bits of the kernel that serves older releases of Triton and torch.compile."""
+@pytest.mark.parametrize("recipe, fast", [("row", False), ("tensor", False), ("block", False), ("row", True), ("tensor", True)])
+def test_fp8_gemm_groups(recipe, fast, monkeypatch):
+    """Products by groups of warps: the bits of the kernels that serve older releases of Triton and torch.compile."""
     launched, run = [], fp8_gemm._enqueue
-    monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append((kernel, args[2][6:7])), run(kernel, *args, **options)))
-    for M, N, K in [(70, 8576, 16), (130, 8584, 400), (300, 3000, 3200), (576, 7680, 1040), (1111, 3008, 4160)]:
-        for recipe, dtype in itertools.product(("tensor", "row"), (torch.bfloat16, torch.float16, torch.float32)):
+    monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append((kernel, args[2])), run(kernel, *args, **options)))
+    for M, N, K in [(70, 8576, 16), (130, 8584, 400), (300, 3000, 3200), (576, 7680, 1040), (1112, 3008, 4160), (2500, 5000, 640)]:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             a, b, sa, sb = _fp8_operands(M, N, K, recipe)
             for bias in (randn(N), None):
                 with poisoned(), kernel_only(fp8_gemm):
-                    got = fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False)
+                    got = fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=fast)
                 with monkeypatch.context() as m:
                     m.setattr(fp8_gemm, "gluon", None)
-                    assert torch.equal(got, fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False)), (M, N, K, recipe, dtype)
-                assert all(torch.equal(fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False), got) for _ in range(5))
-    groups = {scalars[0] for kernel, scalars in launched if kernel is fp8_gemm._gemm_groups_kernel}
-    assert groups == {2, 3} and any(kernel is fp8_gemm._gemm_tma_kernel for kernel, _ in launched)
+                    assert torch.equal(got, fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=fast)), (M, N, K, dtype)
+                assert all(torch.equal(fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=fast), got) for _ in range(5))
+    groups = {scalars[9] for kernel, scalars in launched if kernel is fp8_gemm._gemm_groups_kernel}
+    assert groups == ({2} if fast else {2, 3}) and any(kernel is fp8_gemm._gemm_tma_kernel for kernel, _ in launched)
 
 
 def test_fp8_widening_is_exact():
@@ -3993,11 +3996,16 @@ for _blocks, _promote, _m, _n, _warps, _stages in [
                  "y_desc": f"tensordesc<bf16[{_rows},{_n // 2}]>"} | _fp8_pointers | _fp8_scales,
                 {"BLOCKS": _blocks, "PROMOTE": _promote, "HAS_BIAS": True, "BLOCK_M": _m, "BLOCK_N": _n, "BLOCK_K": 128},
                 _warps, [90], {"num_stages": _stages}))  # fmt: skip
-for _groups, _stages, _out, _bits in [(2, 6, "fp32", 32), (3, 5, "bf16", 16)] if fp8_gemm.gluon else ():
+for _blocks, _fast, _groups, _stages, _out in [
+    (False, True, 2, 4, "bf16"), (False, False, 2, 6, "fp32"), (False, False, 3, 5, "bf16"), (True, False, 2, 6, "bf16"), (True, False, 2, 5, "fp32"), (True, False, 3, 4, "bf16"),
+] if fp8_gemm.gluon else ():  # fmt: skip
+    _n = 256 if _fast else 128
     AOT.append(("fp8_gemm", "_gemm_groups_kernel",
-                {"a_desc": _hopper_aot("fp8e4nv", 64, 128, 8), "w_desc": _hopper_aot("fp8e4nv", 128, 128, 8), "y_desc": _hopper_aot(_out, 64, 64, _bits),
-                 "stride_asm": "i32", "stride_wsn": "i32"} | _fp8_pointers,
-                {"HAS_BIAS": True, "GROUPS": _groups, "STAGES": _stages}, 4, [90], {}))  # fmt: skip
+                {"a_desc": _hopper_aot("fp8e4nv", 64, 128, 8), "w_desc": _hopper_aot("fp8e4nv", _n, 128, 8),
+                 "y_desc": _hopper_aot(_out, 64, _n // 2, 32 if _out == "fp32" else 16),
+                 "a_scale": _hopper_aot("fp32", 1, 64, 32, 0) if _blocks else "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*fp32",
+                 "stride_asm": "i32", "stride_wsn": "i32", "stride_wsk": "i32", "M": "i32", "N": "i32", "K": "i32"},
+                {"BLOCKS": _blocks, "FAST": _fast, "HAS_BIAS": not _fast, "GROUPS": _groups, "STAGES": _stages}, 4, [90], {}))  # fmt: skip
 for _blocks in (False, True):
     for _type, _targets in (("fp8e4nv", [89, 90, 100, 120]), ("u8", [75, 80, 86, "gfx942"])):
         AOT.append(("fp8_gemm", "_gemv_kernel",
