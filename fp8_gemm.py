@@ -366,11 +366,11 @@ if gluon is not None:
         return first_m + tile % group_m, tile // group_m
 
     @gluon.jit
-    def _load_tiles(a_desc, w_desc, scale_desc, buffers, tiles_m, tiles_n, K, BLOCKS: gl.constexpr):
+    def _load_tiles(a_desc, w_desc, scale_desc, buffers, sizes, BLOCKS: gl.constexpr):
+        tiles_m, tiles_n, M, N, K = sizes
         a_bufs, w_bufs, scale_bufs, y_bufs, full, empty = buffers
         STAGES: gl.constexpr = w_bufs.shape[0]
         GROUPS: gl.constexpr = a_bufs.shape[0] // STAGES
-        BLOCK_N: gl.constexpr = w_bufs.shape[1]
         step = 0
         for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
             m, n = _place(tile, tiles_m, tiles_n)
@@ -378,48 +378,27 @@ if gluon is not None:
                 stage = step % STAGES
                 ready = full.index(stage)
                 hopper.mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
-                hopper.mbarrier.expect(ready, (64 * GROUPS + BLOCK_N) * 128 + (256 * GROUPS if BLOCKS else 0))
+                hopper.mbarrier.expect(ready, (64 * GROUPS + 128) * 128 + (256 * GROUPS if BLOCKS else 0))
                 for group in gl.static_range(GROUPS):
                     row = (m * GROUPS + group) * 64
                     _tma_load(a_desc, [row, k], ready, a_bufs.index(stage * GROUPS + group))
                     if BLOCKS:
                         _tma_load(scale_desc, [k // 128, row], ready, scale_bufs.index(stage * GROUPS + group))
-                _tma_load(w_desc, [n * BLOCK_N, k], ready, w_bufs.index(stage))
+                _tma_load(w_desc, [n * 128, k], ready, w_bufs.index(stage))
                 step += 1
 
     @gluon.jit
-    def _load_scales(a_scale_ptr, w_scale_ptr, strides, row, col, M, N, layout: gl.constexpr, BLOCK_N: gl.constexpr):
-        offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
-        offs_n = col + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-        a_scale = gl.load(a_scale_ptr + offs_m * strides[0], mask=offs_m < M, other=0.0)
-        w_scale = gl.load(w_scale_ptr + offs_n * strides[1], mask=offs_n < N, other=0.0)
-        return gl.expand_dims(a_scale, 1), gl.expand_dims(w_scale, 0)
-
-    @gluon.jit
-    def _store_halves(y, y_desc, y_buf, row, col):
-        HALF: gl.constexpr = y.shape[1] // 2
-        halves = gl.split(gl.permute(gl.reshape(y, [64, 2, HALF]), (0, 2, 1)))
-        for half in gl.static_range(2):
-            hopper.tma.store_wait(0)
-            y_buf.store(halves[half])
-            hopper.fence_async_shared()
-            _tma_store(y_desc, [row, col + half * HALF], y_buf)
-
-    @gluon.jit
-    def _multiply_promoted(
-        group, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, strides, buffers, tiles_m, tiles_n, M, N, K,
-        BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr
-    ):  # fmt: skip
-        """While one group adds its sums up in float32, the tensor cores serve the others."""
+    def _multiply_tiles(group, tensors, strides, buffers, sizes, BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr):
+        y_desc, a_scale, w_scale_ptr, bias_ptr = tensors
+        tiles_m, tiles_n, M, N, K = sizes
         a_bufs, w_bufs, scale_bufs, y_bufs, full, empty = buffers
         STAGES: gl.constexpr = w_bufs.shape[0]
         GROUPS: gl.constexpr = a_bufs.shape[0] // STAGES
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+        y_buf, step = y_bufs.index(group), 0
         zeros = gl.zeros([64, 128], gl.float32, layout)
-        step = 0
         for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
             m, n = _place(tile, tiles_m, tiles_n)
-            row, col = (m * GROUPS + group) * 64, n * 128
             acc = gl.zeros([64, 128], gl.float32, layout)
             for k in range(0, K, 128):
                 stage = step % STAGES
@@ -431,100 +410,60 @@ if gluon is not None:
                     scale = scale_bufs.index(stage * GROUPS + group).permute((1, 0)).load(layout) * scale
                 low = hopper.warpgroup_mma_wait(0, deps=(low,))
                 hopper.mbarrier.arrive(empty.index(stage), count=1)
-                if BLOCKS:
-                    acc += low * scale
-                else:
-                    acc += low
+                acc += low * scale if BLOCKS else low
                 step += 1
+            row, col = (m * GROUPS + group) * 64, n * 128
+            offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+            offs_n = col + gl.arange(0, 128, gl.SliceLayout(0, layout))
             if not BLOCKS:
-                a_scale, w_scale = _load_scales(a_scale_ptr, w_scale_ptr, strides, row, col, M, N, layout, 128)
-                acc = acc * a_scale * w_scale
+                acc *= gl.expand_dims(gl.load(a_scale + offs_m * strides[0], mask=offs_m < M, other=0.0), 1)
+                acc *= gl.expand_dims(gl.load(w_scale_ptr + offs_n * strides[1], mask=offs_n < N, other=0.0), 0)
             if HAS_BIAS:
-                offs_n = col + gl.arange(0, 128, gl.SliceLayout(0, layout))
                 acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32), 0)
-            _store_halves(acc.to(y_desc.dtype), y_desc, y_bufs.index(group), row, col)
+            halves = gl.split(gl.permute(gl.reshape(acc, [64, 2, 64]), (0, 2, 1)))
+            for half in gl.static_range(2):
+                hopper.tma.store_wait(0)
+                y_buf.store(halves[half].to(y_desc.dtype))
+                hopper.fence_async_shared()
+                _tma_store(y_desc, [row, col + half * 64], y_buf)
         hopper.tma.store_wait(0)
-
-    @gluon.jit
-    def _multiply_fast(
-        group, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, strides, buffers, tiles_m, tiles_n, M, N, K
-    ):
-        """A tile is written while the tensor cores are at the next one's first products. No bias: registers run out."""
-        a_bufs, w_bufs, scale_bufs, y_bufs, full, empty = buffers
-        STAGES: gl.constexpr = w_bufs.shape[0]
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 32])
-        acc = gl.zeros([64, 256], gl.float32, layout)
-        step, row, col, y = 0, 0, 0, acc.to(y_desc.dtype)
-        for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-            stage = step % STAGES
-            hopper.mbarrier.wait(full.index(stage), step // STAGES & 1)
-            a, w = a_bufs.index(stage * 2 + group), w_bufs.index(stage).permute((1, 0))
-            sums = hopper.warpgroup_mma(a, w, acc, use_acc=False, is_async=True)
-            if step > 0:
-                _store_halves(y, y_desc, y_bufs.index(group), row, col)
-            acc = hopper.warpgroup_mma_wait(1, deps=(sums,))
-            step += 1
-            for _ in range(128, K, 128):
-                stage = step % STAGES
-                hopper.mbarrier.wait(full.index(stage), step // STAGES & 1)
-                a, w = a_bufs.index(stage * 2 + group), w_bufs.index(stage).permute((1, 0))
-                sums = hopper.warpgroup_mma(a, w, acc, is_async=True)
-                acc = hopper.warpgroup_mma_wait(1, deps=(sums,))
-                hopper.mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-                step += 1
-            m, n = _place(tile, tiles_m, tiles_n)
-            row, col = m * 128 + group * 64, n * 256
-            a_scale, w_scale = _load_scales(a_scale_ptr, w_scale_ptr, strides, row, col, M, N, layout, 256)
-            acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-            hopper.mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-            y = (acc * a_scale * w_scale).to(y_desc.dtype)
-        _store_halves(y, y_desc, y_bufs.index(group), row, col)
-        hopper.tma.store_wait(0)
-
-    @gluon.jit
-    def _multiply_tiles(group, tensors, sizes, BLOCKS: gl.constexpr, FAST: gl.constexpr, HAS_BIAS: gl.constexpr):
-        if FAST:
-            _multiply_fast(group, *tensors, *sizes)
-        else:
-            _multiply_promoted(group, *tensors, *sizes, BLOCKS, HAS_BIAS)
 
     @gluon.jit(do_not_specialize=["M"])
     def _gemm_groups_kernel(
         a_desc, w_desc, y_desc, a_scale, w_scale_ptr, bias_ptr, M, N, K, stride_asm, stride_wsn, stride_wsk,
-        BLOCKS: gl.constexpr, FAST: gl.constexpr, HAS_BIAS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+        BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
-        """_gemm_tma_kernel's products, bit for bit, with its warps apart: one loads, and groups of four multiply 64
-        rows of a each. a_scale: a pointer, or a descriptor of blocks' scales (ceil(K/128), M)."""
-        BLOCK_N: gl.constexpr = 256 if FAST else 128
+        """_gemm_tma_kernel's promoted products, bit for bit, with its warps apart: one warp loads, and groups of four
+        multiply 64 rows of a each: while one adds its sums up in float32, the tensor cores serve the others.
+
+        a_scale: a pointer, or a descriptor of blocks' scales (ceil(K/128), M), which come with the operands."""
         a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES * GROUPS, 64, 128], a_desc.layout)
-        w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_N, 128], w_desc.layout)
-        y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 64, BLOCK_N // 2], y_desc.layout)
+        w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 128, 128], w_desc.layout)
+        y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 64, 64], y_desc.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+        scale_bufs = full  # unused
         if BLOCKS:
             scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * GROUPS, 1, 64], a_scale.layout)
-        else:
-            scale_bufs = full  # unused
         for stage in gl.static_range(STAGES):
             hopper.mbarrier.init(full.index(stage), count=1)
             hopper.mbarrier.init(empty.index(stage), count=GROUPS)
         hopper.fence_async_shared()
         buffers = a_bufs, w_bufs, scale_bufs, y_bufs, full, empty
-        tiles_m, tiles_n = gl.cdiv(M, 64 * GROUPS), gl.cdiv(N, BLOCK_N)
-        tensors = y_desc, a_scale, w_scale_ptr, bias_ptr, (stride_asm, stride_wsn, stride_wsk), buffers
-        sizes = tiles_m, tiles_n, M, N, K
+        sizes = gl.cdiv(M, 64 * GROUPS), gl.cdiv(N, 128), M, N, K
+        tensors, strides = (y_desc, a_scale, w_scale_ptr, bias_ptr), (stride_asm, stride_wsn, stride_wsk)
         if GROUPS == 2:
             gl.warp_specialize([
-                (_multiply_tiles, (0, tensors, sizes, BLOCKS, FAST, HAS_BIAS)),
-                (_multiply_tiles, (1, tensors, sizes, BLOCKS, FAST, HAS_BIAS)),
-                (_load_tiles, (a_desc, w_desc, a_scale, buffers, tiles_m, tiles_n, K, BLOCKS)),
+                (_multiply_tiles, (0, tensors, strides, buffers, sizes, BLOCKS, HAS_BIAS)),
+                (_multiply_tiles, (1, tensors, strides, buffers, sizes, BLOCKS, HAS_BIAS)),
+                (_load_tiles, (a_desc, w_desc, a_scale, buffers, sizes, BLOCKS)),
             ], [4, 1], [232, 40])  # fmt: skip
         else:
             gl.warp_specialize([
-                (_multiply_tiles, (0, tensors, sizes, BLOCKS, FAST, HAS_BIAS)),
-                (_multiply_tiles, (1, tensors, sizes, BLOCKS, FAST, HAS_BIAS)),
-                (_multiply_tiles, (2, tensors, sizes, BLOCKS, FAST, HAS_BIAS)),
-                (_load_tiles, (a_desc, w_desc, a_scale, buffers, tiles_m, tiles_n, K, BLOCKS)),
+                (_multiply_tiles, (0, tensors, strides, buffers, sizes, BLOCKS, HAS_BIAS)),
+                (_multiply_tiles, (1, tensors, strides, buffers, sizes, BLOCKS, HAS_BIAS)),
+                (_multiply_tiles, (2, tensors, strides, buffers, sizes, BLOCKS, HAS_BIAS)),
+                (_load_tiles, (a_desc, w_desc, a_scale, buffers, sizes, BLOCKS)),
             ], [4, 4, 1], [160, 160, 32])  # fmt: skip
 
 
@@ -733,19 +672,17 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     rows = _rule_rows(M)
     on_hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms
     if rows > 64 and on_hopper and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
-        # promoted: two programs on an SM, one adds its sums up while the tensor cores serve the other
-        tile = (128, 128, 4, 3, 2) if promote else _rule_tile(rows, N, K, y.element_size(), sms)
         groups = 0
-        if gluon is not None and not (_INTERPRET or torch.compiler.is_compiling()):  # which knows no kernels of Gluon's
-            if promote and not blocks or blocks and _aligned(s := a_scale.t()) and s.stride(1) == 1:
-                groups = _rule_groups(M, N, y.element_size(), blocks, sms)
-            elif bias is None and y.element_size() == 2 and tile[1] == 256 and _tiles(M, N, *tile[:2]) > 3 * sms:
-                groups = 2
+        if (
+            gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling())  # it knows no Gluon
+            and (not blocks or _aligned(scale := a_scale.t()) and scale.stride(1) == 1)
+        ):  # fmt: skip
+            groups = _rule_groups(M, N, y.element_size(), blocks, sms)
         if groups:
-            _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, groups, sms)
+            _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, groups, sms)
             return y
         if not few:
-            _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, tile)
+            _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
             return y
     ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
     if ieee:
@@ -773,26 +710,23 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     return y
 
 
-def _rule_tile(M: int, N: int, K: int, out_bytes: int, sms: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, warps, stages and programs an SM for fast sums: the tile whose rounds take least, where 128 of
-    K take so many ns, and a tile's end (H200)."""
-    # us against those of one fixed rule: M = 256 at 3584 x 18944 37, 46; M = 512 at 14336 x 4096 42, 49; M = 1000 at
-    # 4096 x 14336 87, 93
-    least = None
-    for tile, step, end in (
-        ((128, 256, 8, 3 if out_bytes == 4 else 4, 1), 670, 2200),
-        ((128, 128, 4, 6, 1), 350, 1300),
-        ((64, 128, 4, 7, 1), 250, 1200),
-    ):
-        time = -(-_tiles(M, N, *tile[:2]) // sms) * (-(-K // 128) * step + end)
-        if least is None or time < least:
-            choice, least = tile, time
-    return choice
-
-
-def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, tile) -> None:
+def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, tile=None) -> None:
     """The kernel over TMA descriptors. tile: BLOCK_M, BLOCK_N, warps, stages, programs an SM."""
     M, N, K = a.shape[0], w.shape[0], a.shape[1]
+    if tile is None and promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
+        tile = (128, 128, 4, 3, 2)
+    elif tile is None:
+        # The tile whose rounds take least: each so many ns for 128 of K and at its end (H200). us against those of one
+        # fixed rule: M = 256 at 3584 x 18944 37, 46; M = 512 at 14336 x 4096 42, 49; M = 1000 at 4096 x 14336 87, 93
+        least = None
+        for t, step, end in (
+            ((128, 256, 8, 3 if y.element_size() == 4 else 4, 1), 670, 2200),
+            ((128, 128, 4, 6, 1), 350, 1300),
+            ((64, 128, 4, 7, 1), 250, 1200),
+        ):
+            time = -(-_tiles(_rule_rows(M), N, *t[:2]) // sms) * (-(-K // 128) * step + end)
+            if least is None or time < least:
+                tile, least = t, time
     block_m, block_n, warps, stages, per_sm = tile
     half = block_m // 2 if promote else block_m
     # block scales: a program a tile, 2 % faster than a fixed number of programs
@@ -832,21 +766,19 @@ def _layout(bits: int, swizzle: int = 128):
     return gl.NVMMASharedLayout(swizzle, bits, 2)
 
 
-def _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, groups, sms) -> None:
-    # Fast sums, M = 2048, 4096, 8192 at 4096 x 14336: 180, 337, 636 us (H200), by _gemm_tma_kernel 183, 347, 677; M =
-    # 3000 at 5120 x 27648 646 and 669. Below four rounds of tiles it is up to 4 % slower
-    (M, K), N, block_n = a.shape, w.shape[0], 128 if promote else 256
-    stage = (64 * groups + block_n) * 128 + (256 * groups if blocks else 0)
-    stages = (232000 - 64 * groups * block_n // 2 * y.element_size()) // stage  # what shared memory holds
+def _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, groups, sms) -> None:
+    (M, K), N = a.shape, w.shape[0]
+    stage = (64 * groups + 128) * 128 + (256 * groups if blocks else 0)
+    stages = (232000 - 64 * 64 * groups * y.element_size()) // stage  # what shared memory holds
     tensors = (
         GluonDescriptor.from_tensor(a, [64, 128], _layout(8)),
-        GluonDescriptor.from_tensor(w, [block_n, 128], _layout(8)),
-        GluonDescriptor.from_tensor(y, [64, block_n // 2], _layout(8 * y.element_size())),
+        GluonDescriptor.from_tensor(w, [128, 128], _layout(8)),
+        GluonDescriptor.from_tensor(y, [64, 64], _layout(8 * y.element_size())),
         GluonDescriptor.from_tensor(a_scale.t(), [1, 64], _layout(32, 0)) if blocks else a_scale,
         b_scale, b_scale if bias is None else bias,
     )  # fmt: skip
-    scalars = M, N, K, strides[0], strides[2], strides[3], blocks, not promote, bias is not None, groups, stages
-    _enqueue(_gemm_groups_kernel, min(sms, _tiles(M, N, 64 * groups, block_n)), tensors, scalars, num_warps=4)
+    scalars = M, N, K, strides[0], strides[2], strides[3], blocks, bias is not None, groups, stages
+    _enqueue(_gemm_groups_kernel, min(sms, _tiles(M, N, 64 * groups, 128)), tensors, scalars, num_warps=4)
 
 
 def _product(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) -> Tensor:

@@ -3389,23 +3389,36 @@ def test_fp8_gemm_persistent_kernel():
 
 
 @needs_groups
-@pytest.mark.parametrize("recipe, fast", [("row", False), ("tensor", False), ("block", False), ("row", True), ("tensor", True)])
-def test_fp8_gemm_groups(recipe, fast, monkeypatch):
-    """Products by groups of warps: the bits of the kernels that serve older releases of Triton and torch.compile."""
+@pytest.mark.parametrize("recipe", ["row", "tensor", "block"])
+def test_fp8_gemm_groups(recipe, monkeypatch):
+    """Promoted products by groups of warps: the bits of the kernel that serves older releases of Triton and torch.compile."""
     launched, run = [], fp8_gemm._enqueue
     monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append((kernel, args[2])), run(kernel, *args, **options)))
-    for M, N, K in [(70, 8576, 16), (130, 8584, 400), (300, 3000, 3200), (576, 7680, 1040), (1112, 3008, 4160), (2500, 5000, 640)]:
+    for M, N, K in [(70, 8576, 16), (130, 8584, 400), (300, 3000, 3200), (576, 7680, 1040), (1112, 3008, 4160)]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             a, b, sa, sb = _fp8_operands(M, N, K, recipe)
             for bias in (randn(N), None):
                 with poisoned(), kernel_only(fp8_gemm):
-                    got = fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=fast)
+                    got = fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False)
                 with monkeypatch.context() as m:
                     m.setattr(fp8_gemm, "gluon", None)
-                    assert torch.equal(got, fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=fast)), (M, N, K, dtype)
-                assert all(torch.equal(fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=fast), got) for _ in range(5))
-    groups = {scalars[9] for kernel, scalars in launched if kernel is fp8_gemm._gemm_groups_kernel}
-    assert groups == ({2} if fast else {2, 3}) and any(kernel is fp8_gemm._gemm_tma_kernel for kernel, _ in launched)
+                    assert torch.equal(got, fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False)), (M, N, K, dtype)
+                assert all(torch.equal(fp8_gemm.fp8_gemm(a, b, sa, sb, dtype, bias, fast_accum=False), got) for _ in range(5))
+    groups = {scalars[8] for kernel, scalars in launched if kernel is fp8_gemm._gemm_groups_kernel}
+    assert groups == {2, 3} and any(kernel is fp8_gemm._gemm_tma_kernel for kernel, _ in launched)
+
+
+@needs_groups
+def test_fp8_gemm_groups_of_other_scales(monkeypatch):
+    """Blocks' scales with their rows apart in memory, or too few for TMA's steps of 16 bytes, go to the other kernel."""
+    launched, run = [], fp8_gemm._enqueue
+    monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append(kernel), run(kernel, *args, **options)))
+    a, b, sa, sb = _fp8_operands(576, 7680, 640, "block")
+    want = fp8_gemm.fp8_gemm(a, b, sa, sb)
+    assert launched[-1] is fp8_gemm._gemm_groups_kernel
+    for rows, scale, taken in ((576, sa.contiguous(), False), (575, sa[:575], True), (575, sa[:575].t().contiguous().t(), False)):
+        got = fp8_gemm.fp8_gemm(a[:rows], b, scale, sb)
+        assert torch.equal(got, want[:rows]) and (launched[-1] is fp8_gemm._gemm_groups_kernel) == taken
 
 
 def test_fp8_widening_is_exact():
@@ -3996,16 +4009,15 @@ for _blocks, _promote, _m, _n, _warps, _stages in [
                  "y_desc": f"tensordesc<bf16[{_rows},{_n // 2}]>"} | _fp8_pointers | _fp8_scales,
                 {"BLOCKS": _blocks, "PROMOTE": _promote, "HAS_BIAS": True, "BLOCK_M": _m, "BLOCK_N": _n, "BLOCK_K": 128},
                 _warps, [90], {"num_stages": _stages}))  # fmt: skip
-for _blocks, _fast, _groups, _stages, _out in [
-    (False, True, 2, 4, "bf16"), (False, False, 2, 6, "fp32"), (False, False, 3, 5, "bf16"), (True, False, 2, 6, "bf16"), (True, False, 2, 5, "fp32"), (True, False, 3, 4, "bf16"),
+for _blocks, _groups, _stages, _out in [
+    (False, 2, 6, "fp32"), (False, 3, 5, "bf16"), (True, 2, 6, "bf16"), (True, 2, 5, "fp32"), (True, 3, 4, "bf16"),
 ] if fp8_gemm.gluon else ():  # fmt: skip
-    _n = 256 if _fast else 128
     AOT.append(("fp8_gemm", "_gemm_groups_kernel",
-                {"a_desc": _hopper_aot("fp8e4nv", 64, 128, 8), "w_desc": _hopper_aot("fp8e4nv", _n, 128, 8),
-                 "y_desc": _hopper_aot(_out, 64, _n // 2, 32 if _out == "fp32" else 16),
+                {"a_desc": _hopper_aot("fp8e4nv", 64, 128, 8), "w_desc": _hopper_aot("fp8e4nv", 128, 128, 8),
+                 "y_desc": _hopper_aot(_out, 64, 64, 32 if _out == "fp32" else 16),
                  "a_scale": _hopper_aot("fp32", 1, 64, 32, 0) if _blocks else "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*fp32",
                  "stride_asm": "i32", "stride_wsn": "i32", "stride_wsk": "i32", "M": "i32", "N": "i32", "K": "i32"},
-                {"BLOCKS": _blocks, "FAST": _fast, "HAS_BIAS": not _fast, "GROUPS": _groups, "STAGES": _stages}, 4, [90], {}))  # fmt: skip
+                {"BLOCKS": _blocks, "HAS_BIAS": True, "GROUPS": _groups, "STAGES": _stages}, 4, [90], {}))  # fmt: skip
 for _blocks in (False, True):
     for _type, _targets in (("fp8e4nv", [89, 90, 100, 120]), ("u8", [75, 80, 86, "gfx942"])):
         AOT.append(("fp8_gemm", "_gemv_kernel",
