@@ -38,6 +38,8 @@ def is_triton_available() -> bool:
 
 def get_device(device: torch.device | str | int | None = None) -> torch.device:
     """`device` as a torch.device; without it the best there is: cuda, xpu, mps, cpu."""
+    if isinstance(device, int) and not torch.accelerator.is_available():
+        raise ValueError(f"device must be one that is here, got number {device} of no accelerators")
     if device is not None:
         return torch.device(device)
     if torch.cuda.is_available():

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 try:
     import triton
@@ -87,6 +88,9 @@ def fp8_gemm_torch(
     output_dtype: torch.dtype = torch.float16, bias: Tensor | None = None, *, fast_accum: bool = True,
 ) -> Tensor:  # fmt: skip
     """Twin of fp8_gemm."""
+    if not a.is_meta and torch.is_autocast_enabled(a.device.type):  # it would take the product to 16 bits
+        with torch.autocast(a.device.type, enabled=False):
+            return fp8_gemm_torch(a, b, a_scale, b_scale, output_dtype, bias, fast_accum=fast_accum)
     blocks = _has_blocks(a, b, a_scale, b_scale)
     if a_scale is None:
         a, a_scale = quantize_fp8_torch(a, "block" if blocks else "row")
@@ -608,9 +612,8 @@ def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
 def _has_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None) -> bool:
     """Whether the scales are blocks'. None, the scale of an operand to be quantised, goes with any."""
     (M, K), N = a.shape, b.shape[1]
-    if (a_scale is None or a_scale.numel() == 1 or a_scale.shape == (M, 1)) and (
-        b_scale is None or b_scale.numel() == 1 or b_scale.shape == (1, N)
-    ):
+    singles = [s is None or (s.numel() == 1 and s.ndim <= 2) for s in (a_scale, b_scale)]
+    if (singles[0] or a_scale.shape == (M, 1)) and (singles[1] or b_scale.shape == (1, N)):
         return False
     k, n = -(-K // 128), -(-N // 128)
     if (a_scale is None or a_scale.shape == (M, k)) and (b_scale is None or b_scale.shape == (k, n)):
@@ -870,6 +873,24 @@ def _linear(x, b, b_scale, bias, granularity) -> Tensor:
     return _product(a, b, a_scale, b_scale, x.dtype, bias, True, granularity == "block")
 
 
+_steps = None  # of all optimizers, counted from the first call of _optimizer_steps on
+
+
+def _optimizer_steps() -> int:
+    """A fused optimizer's step does not count up the versions of what it writes."""
+    global _steps
+    if _steps is None:
+        register_optimizer_step_post_hook(_count_step)
+        _steps = 0
+    return _steps
+
+
+def _count_step(optimizer, args, kwargs):
+    global _steps
+    if not torch.compiler.is_compiling():  # it would compile the step anew for each count
+        _steps += 1
+
+
 class FP8Linear(nn.Module):
     """nn.Linear whose product runs in fp8: x and weight are quantised, sums are float32, gradients are PyTorch's own
     products with the master weight, in x's dtype.
@@ -924,16 +945,19 @@ class FP8Linear(nn.Module):
     def _cached_weight(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if (
             torch.compiler.is_compiling() or type(w) not in (Tensor, nn.Parameter) or w.is_inference()
-            or (w.requires_grad and w.grad is not None)  # a fused optimizer's step would leave no trace
+            or torch._C._functorch.peek_interpreter_stack() is not None  # what it wraps serves within it alone
             or (w.is_cuda and torch.cuda.is_current_stream_capturing())
         ):  # fmt: skip
             return self._quantize(w)
         storage = w.untyped_storage()
-        state = storage._cdata, w.data_ptr(), w._version, w.dtype, w.shape, w.stride(), self.granularity
+        steps = _optimizer_steps() if w.requires_grad or w.grad is not None else 0
+        state = storage._cdata, w.data_ptr(), w._version, w.dtype, w.shape, w.stride(), self.granularity, steps
         stream = torch._C._cuda_getCurrentRawStream(w.get_device()) if w.is_cuda else None  # 3 us less than a Stream
         cache = self._cache
         if cache is None or cache[0] != state:
             quantized = self._quantize(w)
+            if type(quantized[0]) is not Tensor:  # FakeTensorMode's
+                return quantized
             event = torch.cuda.current_stream(w.device).record_event() if w.is_cuda else None
             # the storage held weakly keeps its identity from being given to another one
             self._cache = cache = state, StorageWeakRef(storage), quantized, stream, event
@@ -980,8 +1004,6 @@ class FP8Linear(nn.Module):
             quantized = self.weight_fp8.t(), self.weight_scale.t()
         elif weight_trains:
             quantized = self._quantize(weight)
-            if not torch.compiler.is_compiling():
-                self._cache = None  # a step may follow, and a fused optimizer's does not change the weight's version
         else:
             quantized = self._cached_weight(weight)
         # torch 2.11 with dynamic=True fails in training where K was symbolic: compiled, 2-D x is given its K anew, too

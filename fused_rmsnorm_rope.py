@@ -378,7 +378,11 @@ class _NormRoPE(torch.autograd.Function):
     def forward(ctx, x, q_weight, k_weight, cos, sin, position_ids, *options):
         ctx.save_for_backward(x, q_weight, k_weight, cos, sin, position_ids)
         ctx.options = options
-        return _forward(x, q_weight, k_weight, cos, sin, position_ids, *options)
+        outs = _forward(x, q_weight, k_weight, cos, sin, position_ids, *options)
+        if k_weight is not None and not ctx.needs_input_grad[0]:
+            needed = *ctx.needs_input_grad[1:3], False
+            ctx.mark_non_differentiable(*(out for out, need in zip(outs, needed) if not need))
+        return outs
 
     @staticmethod
     @once_differentiable
@@ -440,7 +444,9 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
         raise TypeError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
     elif dims != 2:
         raise ValueError(f"position_ids must go with tables of two dimensions, got cos of shape {shape}")
-    elif position_ids.shape not in ((S,), (1, S), (B, S)):
+    elif position_ids.shape[-1:] != (S,) or not (
+        position_ids.dim() == 1 or position_ids.dim() == 2 and position_ids.shape[0] in (1, B)
+    ):
         raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(position_ids.shape)}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         # To the dtype that F.rms_norm takes it to (float32 in newer releases, on CUDA)
@@ -578,6 +584,9 @@ class FusedQKNormRoPE(nn.Module):
             raise ValueError(f"head_dim must be a positive even number, got {head_dim}")
         self.head_dim = head_dim
         heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        for name, n in heads.items():
+            if n < 1:
+                raise ValueError(f"{name} must be positive, got {n}")
         self.options = {**heads, "eps": eps, "offset": offset, "interleaved": interleaved}
         self.q_norm = _Norm(head_dim, offset, device, dtype)
         self.k_norm = _Norm(head_dim, offset, device, dtype)

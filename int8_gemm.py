@@ -56,7 +56,7 @@ def quantize_symmetric_torch(tensor: Tensor, bits: int = 8, dim: int | None = No
         amax = x.new_zeros(() if dim is None else [1 if i == dim % x.ndim else n for i, n in enumerate(x.shape)])
     scale = amax / torch.full_like(amax, qmax)  # CUDA multiplies by a Python number's reciprocal: not correctly rounded
     scale = torch.where(scale == 0, 1.0, scale)
-    return (x / scale).round().clamp(-qmax, qmax).to(torch.int8), scale
+    return (x / scale).round().clamp(-qmax, qmax).to(torch.int8).contiguous(), scale
 
 
 def int8_gemm_torch(
@@ -68,7 +68,10 @@ def int8_gemm_torch(
     if quantize_activations:
         xq, x_scale = quantize_symmetric_torch(x, dim=-1)
         exact = (xq.double() @ weight_int8.double().T).to(wide) * x_scale * scale  # float64 holds any such sum
-        y = exact + (y - y.detach()) if y.requires_grad else exact  # the gradient passes straight through round
+        forward_mode = not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+        if y.requires_grad or forward_mode:  # the gradient passes straight through round
+            exact = exact + (y - y.detach())
+        y = exact
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(x.dtype)
@@ -509,8 +512,8 @@ def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) ->
     """
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         raise TypeError(f"tensor must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be 2 to 8, got {bits}")
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be 2 to 8, got {bits!r}")
     if dim is not None and not -tensor.ndim <= dim < tensor.ndim:
         raise ValueError(f"dim must be a dimension of tensor {tuple(tensor.shape)} or None, got {dim}")
     if not tensor.numel() or not _kernel_serves(tensor):
@@ -953,13 +956,16 @@ def quantize_model(
 ) -> list[str]:
     """Swaps every nn.Linear of the model for a QuantizedLinear, in place, and returns the names that it converted.
 
-    Left alone: subclasses of nn.Linear, a weight that another module holds too (tied embeddings) or that is a tensor
-    subclass (sharded), and what `skip` names: a module's qualified name, its last part, or either of a module above it.
+    Left alone: subclasses of nn.Linear, a weight that another module holds too (tied embeddings), that is a tensor
+    subclass (sharded) or not of 16, 32 or 64 bits, and what `skip` names: a module's qualified name, its last part, or
+    either of a module above it. A Linear whose weight its parent reads itself (T5's wo, those of
+    nn.TransformerEncoderLayer) wants to be in `skip`. Hooks of a swapped module are not taken over.
     """
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of names, got the string {skip!r}")
     if type(model) is nn.Linear:
         raise ValueError("model must hold its nn.Linear modules, got one itself: use QuantizedLinear.from_linear")
+    skip = set(skip)
     owners: dict[tuple, set[int]] = {}  # where a parameter's memory starts -> the modules that hold it
 
     def memory(p):
@@ -967,18 +973,27 @@ def quantize_model(
 
     for module in model.modules():
         for p in module.parameters(recurse=False):
-            owners.setdefault(memory(p), set()).add(id(module))
-    converted, new = [], {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        parts = name.split(".")
-        above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+            if p.layout == torch.strided and not nn.parameter.is_lazy(p):  # others can't be a Linear's weight
+                owners.setdefault(memory(p), set()).add(id(module))
+    found, left = [], set()
+    for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             continue
-        if len(owners[memory(module.weight)]) > 1 or set(skip) & {*parts, *above}:
+        parts = name.split(".")
+        above = {".".join(parts[: i + 1]) for i in range(len(parts))}
+        found.append((name, module))
+        if (
+            skip & above.union(parts) or len(owners.get(memory(module.weight), ())) > 1
+            or module.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        ):  # fmt: skip
+            left.add(id(module))  # under its other names, too
+    converted, new = [], {}
+    for name, module in found:
+        if id(module) in left:
             continue
         if id(module) not in new:  # a module used in two places stays one module
             new[id(module)] = QuantizedLinear.from_linear(module, quantize_activations=quantize_activations)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, parts[-1], new[id(module)])
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new[id(module)])
         converted.append(name)
     return converted

@@ -12,6 +12,7 @@ Sources: Zhang and Sennrich, https://arxiv.org/abs/1910.07467; LlamaRMSNorm and 
 https://github.com/huggingface/transformers (models/llama, models/gemma).
 """
 
+import numbers
 import os
 
 import torch
@@ -42,7 +43,7 @@ def rmsnorm_residual_torch(
     casting: str = "torch", return_residual: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Twin of rmsnorm_residual_fused."""
-    h = (x.to(torch.promote_types(x.dtype, torch.float32)) + residual).to(residual.dtype)
+    h = (x.to(torch.promote_types(x.dtype, torch.float32)) + residual).to(residual.dtype).contiguous()
     y = _normalise(h, weight, eps, offset, casting, x.dtype)
     return (y, h) if return_residual else y
 
@@ -52,7 +53,7 @@ def _normalise(h, weight, eps, offset, casting, dtype):
     y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + _eps(h, eps))
     if casting == "llama":
         y = y.to(dtype).to(h.dtype)
-    return (y if weight is None else y * (offset + weight.to(h.dtype))).to(dtype)
+    return (y if weight is None else y * (offset + weight.to(h.dtype))).to(dtype).contiguous()
 
 
 def _eps(x, eps):
@@ -330,6 +331,8 @@ class _RMSNorm(torch.autograd.Function):
         ctx.x_dtype, ctx.mixed = x.dtype, h is not None and h.dtype != x.dtype
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # for an h that nothing uses no zeros are written and read
+        if h is not None and not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(h)  # only the weight trains
         return y if h is None else (y, h)
 
     @staticmethod
@@ -455,7 +458,7 @@ class TritonRMSNorm(nn.RMSNorm):
         self, hidden_size: int | tuple[int], eps: float | None = 1e-6, elementwise_affine: bool = True, *,
         offset: float = 0.0, casting: str = "torch", device=None, dtype=None
     ):  # fmt: skip
-        if not isinstance(hidden_size, int) and len(hidden_size) != 1:
+        if not isinstance(hidden_size, numbers.Integral) and len(hidden_size) != 1:
             raise ValueError(f"hidden_size must be an int or hold one, got {tuple(hidden_size)}")
         if casting not in ("torch", "llama"):
             raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")

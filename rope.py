@@ -334,7 +334,7 @@ def _launch(q, k, cos, sin, position_ids, R, interleaved, theta=None, negate=Fal
     B, Hk = q.shape[0] if q.dim() == 4 else 1, 0 if k is None else k.shape[-2]
     stride_qb, stride_qs, stride_qh, stride_qd = (0, *q.stride())[-4:]
     stride_kb, stride_ks, stride_kh, stride_kd = (0, 0, 0, 1) if k is None else (0, *k.stride())[-4:]
-    if stride_qd != 1 or stride_kd != 1:  # the one case that costs a copy
+    if (stride_qd != 1 and q.numel()) or (stride_kd != 1 and k.numel()):  # the one case that costs a copy
         out = _launch(*(None if t is None else t.contiguous() for t in (q, k)), *options)
         return tuple(None if t is None else t.copy_(o) for t, o in zip((q, k), out)) if inplace else out
     OUT = "inplace" if inplace else "bhsd" if stride_qh > stride_qs else "bshd"
@@ -483,11 +483,14 @@ def apply_rotary_pos_emb(
     """
     if unsqueeze_dim not in (1, 2):
         raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
-    _check_qk(q, None, (4,))
+    if q.dim() != 4:
+        raise ValueError(f"q must have four dimensions, got shape {tuple(q.shape)}")
+    if k is not None and (k.dim() != 4 or any(k.shape[d] != q.shape[d] for d in (0, 3 - unsqueeze_dim, 3))):
+        raise ValueError(f"k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}")
+    R = cos.shape[-1] if cos.dim() else None
     if unsqueeze_dim == 2:
-        return apply_rope(q, k, cos, sin, rotary_dim=cos.shape[-1])
-    k = k if k is None or k.dim() < 3 else k.transpose(1, 2)
-    q, k = apply_rope(q.transpose(1, 2), k, cos, sin, rotary_dim=cos.shape[-1])
+        return apply_rope(q, k, cos, sin, rotary_dim=R)
+    q, k = apply_rope(q.transpose(1, 2), None if k is None else k.transpose(1, 2), cos, sin, rotary_dim=R)
     return q.transpose(1, 2), None if k is None else k.transpose(1, 2)
 
 
@@ -539,7 +542,12 @@ class RotaryEmbedding(nn.Module):
             rows = self.max_seq_len
         if rows != self._cos.shape[0] or self._cos.device != device:
             with torch.inference_mode(False), torch.no_grad():  # tables of inference mode could not serve training
-                self._cos, self._sin = build_rope_cache(rows, self.dim, self.base, scaling=self.scaling, device=device)
+                tables = build_rope_cache(rows, self.dim, self.base, scaling=self.scaling, device=device)
+            if type(tables[0]) not in (Tensor,) or not (
+                torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+            ):
+                return tables  # those of a FakeTensorMode or a torch.func transform serve within it alone
+            self._cos, self._sin = tables
         return self._cos, self._sin
 
     def forward(self, q: Tensor, k: Tensor | None, seq_len: int | None = None, position_ids: Tensor | None = None):

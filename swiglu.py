@@ -42,7 +42,7 @@ def swiglu_torch(gate: Tensor, up: Tensor | None = None, activation: str = "silu
     """Twin of swiglu_fused."""
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
-    return (_ACTIVATIONS[activation](_upcast(gate)) * _upcast(up)).to(gate.dtype)
+    return (_ACTIVATIONS[activation](_upcast(gate)) * _upcast(up)).to(gate.dtype).contiguous()
 
 
 def gated_mlp_torch(
@@ -618,6 +618,8 @@ class FusedGatedMLP(nn.Module):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.hidden_dim,):
+            raise ValueError(f"x must have shape (..., {self.hidden_dim}), got {tuple(x.shape)}")
         return fused_gated_mlp(x, self.gate_weight, self.up_weight, self.activation)
 
     def extra_repr(self) -> str:

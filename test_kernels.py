@@ -711,6 +711,27 @@ def test_rmsnorm_beyond_2_31_elements(rows, N):
         assert torch.equal(dx[r], torch.autograd.grad(want, row, row.detach())[0])
 
 
+def test_rmsnorm_residual_asks_for_what_depends_on_it():
+    """x + residual requires a gradient where x or the residual does; the weight alone makes y require one."""
+    x, w = randn(5, 40), torch.ones(40, device=DEVICE, requires_grad=True)
+    call = lambda x, w: rmsnorm.rmsnorm_residual_fused(x, x, w, return_residual=True)
+    for fn in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        y, h = fn(x, w)
+        assert y.requires_grad and not h.requires_grad
+        (y.sum() + (h * w).sum()).backward()
+        want = rmsnorm.rmsnorm_torch(2 * x) + 2 * x
+        torch.testing.assert_close(w.grad, want.sum(0), rtol=1e-4, atol=1e-4)
+        w.grad = None
+
+
+def test_rmsnorm_results_are_contiguous():
+    """From kernel and twin alike, whatever the inputs' strides: what follows may call view()."""
+    x = randn(4, 3, 40).transpose(0, 1)
+    for y in (rmsnorm.rmsnorm(x), rmsnorm.rmsnorm_torch(x), *rmsnorm.rmsnorm_residual_fused(x, x, return_residual=True),
+              *rmsnorm.rmsnorm_residual_torch(x, x, return_residual=True), swiglu.swiglu_fused(x), swiglu.swiglu_torch(x)):  # fmt: skip
+        assert y.is_contiguous()
+
+
 def test_rmsnorm_module():
     norm = rmsnorm.TritonRMSNorm((64,), device=DEVICE)
     assert isinstance(norm, nn.RMSNorm) and norm.normalized_shape == (64,) and norm.eps == 1e-6
@@ -1110,6 +1131,28 @@ def test_rope_tables_get_their_gradient():
         assert all(g.abs().sum() > 0 for g in got)
 
 
+def test_rope_of_no_heads_in_any_layout():
+    """A tensor without elements may have any stride, as the gradient of sum() has."""
+    tables, q = _rope_tables(5, 16), randn(2, 5, 3, 16, grad=True)
+    for k in (randn(2, 5, 0, 16, grad=True), randn(2, 5, 2, 32, grad=True)[:, :, :0, ::2], randn(1, grad=True).expand(2, 5, 0, 16)):
+        for outs in (rope.apply_rope(q, k, *tables), rope.rope_triton(q, k), rope.apply_rope(q[..., :16].detach(), k, *tables)):
+            outs[1].sum().backward()
+            assert outs[1].shape == (2, 5, 0, 16)
+
+
+def test_rotary_embedding_keeps_no_tables_of_a_transform():
+    """Tables that torch.func or a FakeTensorMode made are its own, and useless after it."""
+    q = randn(1, 10, 1, 16)
+    want = rope.RotaryEmbedding(16, 16, device=DEVICE)(q, None)[0]
+    embed = rope.RotaryEmbedding(16, 4, device=DEVICE)
+    gradient = torch.func.grad(lambda q: embed(q, None)[0].sum())(q)
+    assert torch.equal(embed(q, None)[0], want) and gradient.shape == q.shape
+    embed = copy.deepcopy(rope.RotaryEmbedding(16, 4, device=DEVICE))
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        assert embed(torch.empty(1, 10, 1, 16, device=DEVICE), None)[0].shape == q.shape
+    assert torch.equal(embed(q, None)[0], want) and embed._cos.shape[0] == 16
+
+
 def test_rope_empty():
     cos, sin = _rope_tables(5, 16)
     for shape, heads in (((0, 5), 3), ((2, 0), 3), ((2, 5), 0)):
@@ -1489,6 +1532,12 @@ def _rope_bad(change, q=(2, 5, 4, 16), k=(2, 5, 2, 16), table=(5, 8), **options)
     return call
 
 
+_hf_qk = lambda *shape: (randn(2, 4, 3, 8), randn(*shape), randn(1, 3, 8), randn(1, 3, 8))
+ERRORS += [
+    ("rope-hf-q", lambda: rope.apply_rotary_pos_emb(randn(4, 3, 8), *_hf_qk(2, 2, 3, 8)[1:]), ValueError, r"q must have four dimensions, got shape \(4, 3, 8\)"),
+    ("rope-hf-k", lambda: rope.apply_rotary_pos_emb(*_hf_qk(2, 2, 2, 8)), ValueError, r"k must have q's shape \(2, 4, 3, 8\) .* got \(2, 2, 2, 8\)"),
+    ("rope-hf-cos", lambda: rope.apply_rotary_pos_emb(*_hf_qk(2, 2, 3, 8)[:2], randn(1)[0], randn(1)[0]), ValueError, r"cos must be .* got shape \(\)"),
+]  # fmt: skip
 ERRORS += [
     ("rope-q-dims", _rope_bad({"q": lambda: randn(5, 16)}), ValueError, r"q must be \(B, S, H, D\) or \(S, H, D\), got shape \(5, 16\)"),
     ("rope-k-shape", _rope_bad({"k": lambda: randn(2, 6, 2, 16)}), ValueError, r"k must have q's shape \(2, 5, 4, 16\) .*got \(2, 6, 2, 16\)"),
@@ -1724,6 +1773,40 @@ def test_fused_equals_the_composition():
         want = rope.apply_rope(rmsnorm.rmsnorm(x.view(B, S, H, D), head, offset=1.0), None, cos, sin, interleaved=interleaved)[0]
         got = fused_rmsnorm_rope.fused_rmsnorm_rope(x, head, cos, sin, offset=1.0, interleaved=interleaved)
         torch.testing.assert_close(got, want.flatten(2))
+
+
+def test_fused_qk_results_ask_for_what_trains_them():
+    """Where x asks for no gradient, q asks for one by its weight alone, k by its own, and v, a view of x, for none."""
+    x, tables, frozen = randn(2, 5, 64), rope.build_rope_cache(5, 16, device=DEVICE), torch.ones(16, device=DEVICE)
+    call = lambda *args: fused_rmsnorm_rope.fused_qk_norm_rope(*args, *tables, num_heads=2, num_kv_heads=1)
+    for fn in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        for needed in ((True, False), (False, True), (True, True)):
+            weights = [frozen.clone().requires_grad_(need) for need in needed]
+            outs = fn(x, *weights)
+            assert [t.requires_grad for t in outs] == [*needed, False]
+            sum(t.square().sum() for t in outs).backward()
+            for need, weight, H, part in zip(needed, weights, (2, 1), (x[..., :32], x[..., 32:48])):
+                if need:
+                    leaf = frozen.clone().requires_grad_()
+                    fused_rmsnorm_rope.fused_rmsnorm_rope_torch(part, leaf, *tables, num_heads=H).square().sum().backward()
+                    torch.testing.assert_close(weight.grad, leaf.grad, rtol=1e-4, atol=1e-4)
+        assert all(t.requires_grad for t in fn(x.clone().requires_grad_(), frozen, frozen))
+
+
+def test_fused_export_of_positions_takes_any_batch():
+    """No guard tells a batch as large as the sequence is long from others."""
+    w, tables = torch.ones(8, device=DEVICE), rope.build_rope_cache(64, 8, device=DEVICE)
+
+    class Model(nn.Module):
+        def forward(self, x, positions):
+            return fused_rmsnorm_rope.fused_rmsnorm_rope(x, w, *tables, position_ids=positions)
+
+    inputs = lambda B, S: (randn(B, S, 32), torch.randint(0, 64, (B, S), device=DEVICE))
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=60)
+    program = torch.export.export(Model(), inputs(4, 10), dynamic_shapes=({0: batch, 1: length},) * 2).module()
+    for B, S in ((5, 5), (3, 7)):
+        x, positions = inputs(B, S)
+        torch.testing.assert_close(program(x, positions), Model()(x, positions), rtol=1e-4, atol=1e-4)
 
 
 def test_fused_head_dim_without_num_heads():
@@ -1995,6 +2078,7 @@ def _qkv_call(qkv=(2, 3, 64), q=(16,), k=(16,), Hq=2, Hk=1, tables=(3, 16), **op
 
 
 ERRORS += [
+    ("fused-module-heads", lambda: fused_rmsnorm_rope.FusedQKNormRoPE(8, 0, 1), ValueError, "num_heads must be positive, got 0"),
     ("fused-x-dims", _fused_call(x=(3, 48)), ValueError, r"x must be \(B, S, H \* D\), got shape \(3, 48\)"),
     ("fused-x-dtype", _fused_call(x=torch.zeros(2, 3, 48, dtype=torch.int32)), TypeError, "x must be .*int32"),
     ("fused-weight-dtype", _fused_call(weight=torch.zeros(16, dtype=torch.int8, device=DEVICE)), TypeError, "weight must be .*int8"),
@@ -2595,6 +2679,7 @@ ERRORS += [
     ("swiglu-gated-dtype", lambda: swiglu.fused_gated_mlp(randn(4, 8), randn(6, 8).char()), TypeError, "gate_weight must be .*int8"),
     ("swiglu-gated-up-dtype", lambda: swiglu.fused_gated_mlp(randn(4, 8), randn(6, 8), randn(6, 8).bool()), TypeError, "up_weight must be .*bool"),
     ("swiglu-gated-device", lambda: swiglu.fused_gated_mlp(randn(4, 8), torch.empty(6, 8, device="meta")), ValueError, "gate_weight must be on x's device"),
+    ("swiglu-gated-module-x", lambda: swiglu.FusedGatedMLP(4, 8, device=DEVICE)(randn(3, 5)), ValueError, r"x must have shape \(\.\.\., 4\), got \(3, 5\)"),
     ("swiglu-gated-module", lambda: swiglu.FusedGatedMLP(4, 8, "relu"), ValueError, "activation must be one of .*'relu'"),
 ]  # fmt: skip
 
@@ -2815,6 +2900,26 @@ def test_int8_gemm_persistent_kernel():
             y = torch.full((M, N), float("nan"), device=DEVICE)
             int8_gemm._int8_gemm_tma(x, w, xs, s, b, y, (9, 0), sms)
             assert (y - want).abs().max() <= 1e-6 * want.abs().max(), (M, N, K, dtype)
+
+
+def test_quantize_model_of_odd_models():
+    """What can't be a Linear's weight is no obstacle, a module with two names is swapped under both or under none."""
+    linear = lambda: nn.Linear(16, 16, device=DEVICE)
+    odd = nn.Sequential(linear(), nn.LazyLinear(3, device=DEVICE), linear(), linear())
+    odd.sparse = nn.Parameter(torch.eye(3, device=DEVICE).to_sparse())
+    odd[2].weight = nn.Parameter(odd[2].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert int8_gemm.quantize_model(odd, skip=(name for name in ("3",))) == ["0"]
+    shared = linear()
+    model = nn.ModuleDict({"a": shared, "lm_head": shared})
+    assert int8_gemm.quantize_model(model) == [] and model["a"] is model["lm_head"] is shared
+    assert int8_gemm.quantize_model(model, skip=()) == ["a", "lm_head"] and model["a"] is model["lm_head"]
+
+
+def test_int8_gemm_forward_derivative_of_quantised_activations():
+    """As its gradient, it passes straight through round."""
+    x, t, (q, s) = randn(3, 32), randn(3, 32), int8_gemm.quantize_weight_per_channel(randn(24, 32))
+    tangents = [torch.func.jvp(lambda x: int8_gemm.int8_gemm(x, q, s, quantize_activations=w8a8), (x,), (t,))[1] for w8a8 in (True, False)]  # noqa: B023
+    torch.testing.assert_close(*tangents)
 
 
 @pytest.mark.parametrize("quantize_activations", [False, True])
@@ -3042,8 +3147,11 @@ def test_int8_quantize_model():
     model(ids).sum().backward()  # biases and the float modules still train
     assert model.layers[0].q_proj.bias.grad is not None and model.embed.weight.grad is not None
     for skip, left in [((), ["layers.0.q_proj", "lm_head"]), (("q_proj", "lm_head"), ["layers.0.o_proj", "layers.1.o_proj"]),
-                       (("layers.0",), ["layers.1.q_proj", "layers.2.q_proj"]), (("layers",), ["lm_head"])]:  # fmt: skip
-        names = int8_gemm.quantize_model(_int8_model(device=DEVICE), skip, quantize_activations=True)
+                       (("layers.0",), ["layers.1.q_proj"]), (("layers",), ["lm_head"])]:  # fmt: skip
+        model = _int8_model(device=DEVICE)
+        names = int8_gemm.quantize_model(model, skip, quantize_activations=True)
+        if "layers.0" in skip:  # which is layers.2, too
+            assert "layers.2.q_proj" not in names and type(model.layers[0].q_proj) is nn.Linear
         assert set(left) <= set(names) and not any(s in names for s in skip), (skip, names)
         assert not any(n.startswith(f"{s}.") or n.endswith(f".{s}") for n in names for s in skip)
 
@@ -3139,6 +3247,7 @@ for _name, _change, _error, _match in [
 ]:
     ERRORS.append((f"int8_gemm: {_name}", _int8_error(_change), _error, _match))
 ERRORS += [
+    ("int8-bits-type", lambda: int8_gemm.quantize_symmetric(randn(4), 3.5), ValueError, "bits must be 2 to 8, got 3.5"),
     ("quantize_symmetric: ints", lambda: int8_gemm.quantize_symmetric(torch.ones(3, device=DEVICE).int()), TypeError, "tensor must be float16.*int32"),
     ("quantize_symmetric: fp8", lambda: int8_gemm.quantize_symmetric(torch.ones(3, device=DEVICE).to(torch.float8_e4m3fn)), TypeError, "tensor must be float16.*float8"),
     ("quantize_weight_per_channel: ints", lambda: int8_gemm.quantize_weight_per_channel(torch.ones(3, 3, device=DEVICE).int()), TypeError, "weight must be float16.*int32"),
@@ -3623,6 +3732,59 @@ def _fp8_fresh(layer, x):
         return fp8_gemm._linear(x, q, s, layer.bias, layer.granularity)
 
 
+def test_fp8_linear_cache_sees_steps_of_others():
+    """Fused steps count up no version: of a weight that another module trains too, or whose gradient came from elsewhere."""
+    x = randn(3, 64)
+
+    def trained_by_another(linear, layer):
+        linear(x).sum().backward()
+
+    def gradient_from_elsewhere(linear, layer):
+        layer.weight.grad = randn(24, 64)
+
+    def frozen_with_its_gradient(linear, layer):
+        layer.weight.grad = randn(24, 64)
+        layer.weight.requires_grad_(False)
+        layer(x)
+
+    for change in (trained_by_another, gradient_from_elsewhere, frozen_with_its_gradient):
+        linear, layer = nn.Linear(64, 24, bias=False, device=DEVICE), fp8_gemm.FP8Linear(64, 24, device=DEVICE)
+        layer.weight = linear.weight
+        optimizer = torch.optim.AdamW(linear.parameters(), 0.5, fused=True)
+        with torch.no_grad():
+            before = layer(x)
+        change(linear, layer)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            assert torch.equal(layer(x), _fp8_fresh(layer, x)) and not torch.equal(layer(x), before), change
+
+
+def test_fp8_linear_cache_keeps_nothing_of_a_transform():
+    x, layer = randn(3, 64), fp8_gemm.FP8Linear(64, 24, device=DEVICE).requires_grad_(False)
+    torch.func.jvp(layer, (x,), (x,))
+    assert torch.equal(layer(x), _fp8_fresh(layer, x))
+    if not GPU:  # there a real weight among fake tensors is an error: its kernel has nothing to write to
+        layer.requantize()
+        with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+            layer(torch.empty(3, 64, device=DEVICE))
+        assert torch.equal(layer(x), _fp8_fresh(layer, x))
+
+
+@pytest.mark.parametrize("recipe", ["row", "block"])
+def test_fp8_gemm_under_autocast(recipe):
+    """Its operands say what it computes in, autocast does not: no twin's product in 16 bits."""
+    a, b, sa, sb = _fp8_operands(64, 64, 512, recipe)
+    want = fp8_gemm.fp8_gemm(a, b, sa, sb, torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=dtype):
+            assert torch.equal(fp8_gemm.fp8_gemm(a, b, sa, sb, torch.float32), want)
+            torch.testing.assert_close(fp8_gemm.fp8_gemm_torch(a, b, sa, sb, torch.float32), want, rtol=5e-3, atol=5e-3 * want.abs().max().item())
+            float64 = fp8_gemm.dequantize_fp8(a, sa, torch.float64) @ fp8_gemm.dequantize_fp8(b, sb, torch.float64)
+            error = (fp8_gemm.fp8_gemm_torch(a, b, sa, sb, torch.float32) - float64).norm() / float64.norm()
+            assert error < 1e-5
+
+
 def test_fp8_linear_cache_is_never_stale():
     x = randn(3, 64)
     layer = fp8_gemm.FP8Linear(64, 24, bias=True, device=DEVICE)
@@ -3902,6 +4064,7 @@ for _name, _change, _error, _match in [
 ]:
     ERRORS.append((f"fp8_gemm: {_name}", _fp8_error(_change), _error, _match))
 ERRORS += [
+    ("fp8-scale-of-three-dimensions", lambda: fp8_gemm.fp8_gemm(*_fp8_operands(8, 8, 16, "tensor")[:2], *[torch.ones(1, 1, 1, device=DEVICE)] * 2), ValueError, "must each have one element"),
     ("quantize_fp8: ints", lambda: fp8_gemm.quantize_fp8(torch.ones(3, 3, device=DEVICE).int()), TypeError, "x must be float32.*int32"),
     ("quantize_fp8: fp8", lambda: fp8_gemm.quantize_fp8(torch.ones(3, 3, device=DEVICE).to(FP8)), TypeError, "x must be.*float8"),
     ("quantize_fp8: granularity", lambda: fp8_gemm.quantize_fp8(randn(3, 3), "column"), ValueError, "granularity must be.*column"),
