@@ -484,7 +484,8 @@ def apply_rotary_pos_emb(
     if unsqueeze_dim not in (1, 2):
         raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
     if q.dim() != 4:
-        raise ValueError(f"q must have four dimensions, got shape {tuple(q.shape)}")
+        form = "(B, H, S, D)" if unsqueeze_dim == 1 else "(B, S, H, D)"
+        raise ValueError(f"q must be {form}, got shape {tuple(q.shape)}")
     if k is not None and (k.dim() != 4 or any(k.shape[d] != q.shape[d] for d in (0, 3 - unsqueeze_dim, 3))):
         raise ValueError(f"k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}")
     R = cos.shape[-1] if cos.dim() else None

@@ -1534,7 +1534,7 @@ def _rope_bad(change, q=(2, 5, 4, 16), k=(2, 5, 2, 16), table=(5, 8), **options)
 
 _hf_qk = lambda *shape: (randn(2, 4, 3, 8), randn(*shape), randn(1, 3, 8), randn(1, 3, 8))
 ERRORS += [
-    ("rope-hf-q", lambda: rope.apply_rotary_pos_emb(randn(4, 3, 8), *_hf_qk(2, 2, 3, 8)[1:]), ValueError, r"q must have four dimensions, got shape \(4, 3, 8\)"),
+    ("rope-hf-q", lambda: rope.apply_rotary_pos_emb(randn(4, 3, 8), *_hf_qk(2, 2, 3, 8)[1:]), ValueError, r"q must be \(B, H, S, D\), got shape \(4, 3, 8\)"),
     ("rope-hf-k", lambda: rope.apply_rotary_pos_emb(*_hf_qk(2, 2, 2, 8)), ValueError, r"k must have q's shape \(2, 4, 3, 8\) .* got \(2, 2, 2, 8\)"),
     ("rope-hf-cos", lambda: rope.apply_rotary_pos_emb(*_hf_qk(2, 2, 3, 8)[:2], randn(1)[0], randn(1)[0]), ValueError, r"cos must be .* got shape \(\)"),
 ]  # fmt: skip
@@ -1568,7 +1568,7 @@ ERRORS += [
     ("rope-inplace-grad", _rope_bad({"k": lambda: randn(2, 5, 2, 16, grad=True)}, inplace=True), ValueError, "inplace must be False where k requires a gradient"),
     ("rope-inplace-expanded", _rope_bad({"q": lambda: randn(2, 5, 1, 16).expand(2, 5, 4, 16)}, inplace=True), ValueError, "inplace must be False where q is expanded"),
     ("rope-hf-unsqueeze", lambda: rope.apply_rotary_pos_emb(randn(1, 2, 3, 8), randn(1, 2, 3, 8), randn(1, 3, 8), randn(1, 3, 8), 0), ValueError, "unsqueeze_dim must be 1 or 2, got 0"),
-    ("rope-hf-dims", lambda: rope.apply_rotary_pos_emb(randn(2, 3, 8), randn(2, 3, 8), randn(1, 3, 8), randn(1, 3, 8)), ValueError, r"q must be \(B, S, H, D\), got shape \(2, 3, 8\)"),
+    ("rope-hf-dims", lambda: rope.apply_rotary_pos_emb(randn(2, 3, 8), randn(2, 3, 8), randn(1, 3, 8), randn(1, 3, 8), 2), ValueError, r"q must be \(B, S, H, D\), got shape \(2, 3, 8\)"),
     ("rope-angles-seq-len", lambda: rope.rope_triton(randn(1, 3, 2, 8), randn(1, 3, 2, 8), 4), ValueError, "seq_len must be q's 3, got 4"),
     ("rope-angles-dims", lambda: rope.rope_triton(randn(3, 2, 8), randn(3, 2, 8)), ValueError, r"q must be \(B, S, H, D\), got shape \(3, 2, 8\)"),
     ("rope-angles-odd", lambda: rope.rope_triton(randn(1, 3, 2, 7), randn(1, 3, 2, 7)), ValueError, "q must have an even head_dim, got 7"),
@@ -6925,7 +6925,8 @@ def test_trust_another_stream_waits_for_the_kept_weight(monkeypatch, as_if_on_cu
     monkeypatch.setattr(torch.cuda, "current_stream", current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     layer = fp8_gemm.FP8Linear(16, 16).requires_grad_(False)
-    kept = types.SimpleNamespace(record_stream=lambda where: told.append("held"))
+    kept = torch.empty(1)
+    kept.record_stream = lambda where: told.append("held")
     monkeypatch.setattr(layer, "_quantize", lambda w: (kept, kept))
     layer._cached_weight(layer.weight), layer._cached_weight(layer.weight)
     assert told == []
