@@ -37,7 +37,10 @@ def is_triton_available() -> bool:
 
 
 def get_device(device: torch.device | str | int | None = None) -> torch.device:
-    """`device` as a torch.device; without it the best there is: cuda, xpu, mps, cpu."""
+    """`device` as a torch.device; without it the best there is: cuda, xpu, mps, cpu.
+
+    Raises: ValueError for a number where there is no accelerator.
+    """
     if isinstance(device, int) and not torch.accelerator.is_available():
         raise ValueError(f"device must be one that is here, got number {device} of no accelerators")
     if device is not None:

@@ -254,6 +254,13 @@ DEVICE_KEYS = {
 }
 
 
+def test_device_number_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for call in (device.get_device, device.get_device_properties):
+        with pytest.raises(ValueError, match="device must be one that is here, got number 0"):
+            call(0)
+
+
 def test_device_properties():
     assert device.is_cuda_available() == GPU and device.is_triton_available()
     assert device.get_device().type == DEVICE
@@ -733,6 +740,8 @@ def test_rmsnorm_results_are_contiguous():
 
 
 def test_rmsnorm_module():
+    norm = rmsnorm.TritonRMSNorm(pytest.importorskip("numpy").int64(64), device=DEVICE)
+    assert norm.normalized_shape == (64,)
     norm = rmsnorm.TritonRMSNorm((64,), device=DEVICE)
     assert isinstance(norm, nn.RMSNorm) and norm.normalized_shape == (64,) and norm.eps == 1e-6
     own = nn.RMSNorm(64, eps=1e-6, device=DEVICE)
@@ -2913,6 +2922,12 @@ def test_quantize_model_of_odd_models():
     model = nn.ModuleDict({"a": shared, "lm_head": shared})
     assert int8_gemm.quantize_model(model) == [] and model["a"] is model["lm_head"] is shared
     assert int8_gemm.quantize_model(model, skip=()) == ["a", "lm_head"] and model["a"] is model["lm_head"]
+
+
+def test_quantize_symmetric_of_a_transposed_tensor_is_contiguous():
+    """From kernel and twin: safetensors saves no other buffer."""
+    for quantize in (int8_gemm.quantize_symmetric, int8_gemm.quantize_symmetric_torch):
+        assert all(t.is_contiguous() for t in quantize(randn(24, 32).T, dim=-1))
 
 
 def test_int8_gemm_forward_derivative_of_quantised_activations():
