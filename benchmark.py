@@ -510,8 +510,10 @@ QUANTIZERS = {
 
 
 def quantize_case(o, m, k, kind):
-    x, (ours, eager) = randn(o, m, k), ((lambda x, f=f: [t.flatten() for t in f(x)]) for f in QUANTIZERS[kind])
-    moved = x.nbytes + x.numel() + 4 * eager(x)[1].numel()  # the scales, as each side shapes them, are one float32 each
+    x, (ours, eager_shaped) = randn(o, m, k), QUANTIZERS[kind]
+    shapes = [t.shape for t in ours(x)]
+    eager = lambda x: [t.view(shape) for t, shape in zip(eager_shaped(x), shapes)]
+    moved = x.nbytes + x.numel() + 4 * shapes[1].numel()
     return Case(f"{kind} {m}x{k}", f"{kind}, K{k}", m, [x], moved, eager,
                 {"eager": eager, "torch.compile": eager, "ours": ours}, tolerance=0.02)  # fmt: skip
 

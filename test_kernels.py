@@ -665,12 +665,12 @@ def test_rmsnorm_autocast():
 
 @needs_gpu
 def test_rmsnorm_cuda_graph():
-    x, r, w = randn(64, 512, dtype=torch.bfloat16), randn(64, 512, dtype=torch.bfloat16), randn(512, grad=True)
+    x, r, w = randn(64, 512, dtype=torch.bfloat16, grad=True), randn(64, 512, dtype=torch.bfloat16), randn(512, grad=True)
     c = randn(64, 512, dtype=torch.bfloat16)
 
     def step():
         y, h = rmsnorm.rmsnorm_residual_fused(x, r, w, return_residual=True)
-        return y, h, *torch.autograd.grad([y, h], [w], [c, c])
+        return y, h, *torch.autograd.grad([y, h], [x, w], [c, c])
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -681,7 +681,7 @@ def test_rmsnorm_cuda_graph():
     with torch.cuda.graph(graph):
         outs = step()
     for t in (x, r, c):
-        t.copy_(randn(64, 512))
+        t.data.copy_(randn(64, 512))
     graph.replay()
     for o, t in zip(outs, step(), strict=True):
         assert torch.equal(o, t)
@@ -3534,15 +3534,17 @@ def test_fp8_gemm_groups(recipe, monkeypatch):
 
 @needs_groups
 def test_fp8_gemm_groups_of_other_scales(monkeypatch):
-    """Blocks' scales with their rows apart in memory, or too few for TMA's steps of 16 bytes, go to the other kernel."""
+    """Blocks' scales with their rows apart in memory, or in no multiple of TMA's 16 bytes, are copied: the same kernel, the same bits."""
     launched, run = [], fp8_gemm._enqueue
     monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append(kernel), run(kernel, *args, **options)))
     a, b, sa, sb = _fp8_operands(576, 7680, 640, "block")
     want = fp8_gemm.fp8_gemm(a, b, sa, sb)
     assert launched[-1] is fp8_gemm._gemm_groups_kernel
-    for rows, scale, taken in ((576, sa.contiguous(), False), (575, sa[:575], True), (575, sa[:575].t().contiguous().t(), False)):
-        got = fp8_gemm.fp8_gemm(a[:rows], b, scale, sb)
-        assert torch.equal(got, want[:rows]) and (launched[-1] is fp8_gemm._gemm_groups_kernel) == taken
+    scattered = torch.full((576, 15), torch.nan, device=DEVICE)[:, ::3].copy_(sa)
+    for rows, scale in ((576, sa.contiguous()), (575, sa[:575]), (575, sa[:575].t().contiguous().t()), (574, sa[1:575]), (576, scattered)):
+        start = scale.storage_offset()
+        got = fp8_gemm.fp8_gemm(a[start : start + rows], b, scale, sb)
+        assert torch.equal(got, want[start : start + rows]) and launched[-1] is fp8_gemm._gemm_groups_kernel
 
 
 def test_fp8_widening_is_exact():
@@ -4079,7 +4081,7 @@ for _name, _change, _error, _match in [
 ]:
     ERRORS.append((f"fp8_gemm: {_name}", _fp8_error(_change), _error, _match))
 ERRORS += [
-    ("fp8-scale-of-three-dimensions", lambda: fp8_gemm.fp8_gemm(*_fp8_operands(8, 8, 16, "tensor")[:2], *[torch.ones(1, 1, 1, device=DEVICE)] * 2), ValueError, "must each have one element"),
+    ("fp8-scale-of-three-dimensions", lambda: fp8_gemm.fp8_gemm(*[randn(8, 8).to(FP8)] * 2, *[torch.ones(1, 1, 1, device=DEVICE)] * 2), ValueError, "must each have one element"),
     ("quantize_fp8: ints", lambda: fp8_gemm.quantize_fp8(torch.ones(3, 3, device=DEVICE).int()), TypeError, "x must be float32.*int32"),
     ("quantize_fp8: fp8", lambda: fp8_gemm.quantize_fp8(torch.ones(3, 3, device=DEVICE).to(FP8)), TypeError, "x must be.*float8"),
     ("quantize_fp8: granularity", lambda: fp8_gemm.quantize_fp8(randn(3, 3), "column"), ValueError, "granularity must be.*column"),
