@@ -913,14 +913,7 @@ def model_steps(o, folder):
         ] if r else [name, *"------"] for name, r in rows.items()]  # fmt: skip
         print(github(lines, head))
     if folder:
-        figure, axes = picture(1, len(steps), 3.6)
-        for axis, (title, rows) in zip(axes.flat, steps.items()):
-            names = [name for name in rows if rows[name]][::-1]
-            colors = ["C0" if name[0] in "st" else "black" if name[0] == "o" else "C1" for name in names]
-            axis.barh(names, [rows[name]["tokens/s"] for name in names], color=colors)
-            axis.set(title=title, xlabel="tokens/s")
-            axis.locator_params("x", nbins=4)
-        save(figure, folder, "model", f"Llama 3 8B's shapes, {o.name}, {o.type}")
+        plot_model(steps, folder, o)
     return steps
 
 
@@ -1020,6 +1013,17 @@ def plot(op, rows, folder, o):
     for axis in axes.flat[len(groups) :]:
         axis.axis("off")
     save(figure, folder, f"{op}_{o.way}", f"{op} {o.way}, {o.name}, {o.type}")
+
+
+def plot_model(steps, folder, o):
+    figure, axes = picture(1, len(steps), 3.6)
+    for axis, (title, rows) in zip(axes.flat, steps.items()):
+        names = [name for name in rows if rows[name]][::-1]
+        colors = ["C0" if name[0] in "st" else "black" if name[0] == "o" else "C1" for name in names]
+        axis.barh(names, [rows[name]["tokens/s"] for name in names], color=colors)
+        axis.set(title=title, xlabel="tokens/s")
+        axis.locator_params("x", nbins=4)
+    save(figure, folder, "model", f"Llama 3 8B's shapes, {o.name}, {o.type}")
 
 
 def installed(package):
