@@ -341,8 +341,8 @@ if gluon is not None:
         return turn % parts, first_m + tile % group_m, tile // group_m
 
     @gluon.jit
-    def _load_tiles(x_desc, w_desc, buffers, sizes):
-        x_bufs, w_bufs, y_bufs, full, empty = buffers
+    def _load_tiles(x_desc, more_x_desc, w_desc, buffers, sizes, MORE_M: gl.constexpr):
+        x_bufs, more_x_bufs, w_bufs, y_bufs, full, empty = buffers
         tiles_m, tiles_n, parts, N, K = sizes
         STAGES: gl.constexpr = x_bufs.shape[0]
         GROUPS: gl.constexpr = w_bufs.shape[0] // STAGES
@@ -353,12 +353,14 @@ if gluon is not None:
             for k in range(part * 64, part * 64 + gl.cdiv(K - part * 64, 128 * parts) * 128 * parts, 64 * parts):
                 stage = step % STAGES
                 hopper.mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
-                hopper.mbarrier.expect(full.index(stage), (2 * BLOCK_M + 64 * GROUPS) * 64)
+                hopper.mbarrier.expect(full.index(stage), (2 * (BLOCK_M + MORE_M) + 64 * GROUPS) * 64)
                 for group in gl.static_range(GROUPS):
                     row, w_buf = (n * GROUPS + group) * 64, w_bufs.index(stage * GROUPS + group)
                     _tma_load(w_desc, [row, k], full.index(stage), w_buf)
-                x_buf = x_bufs.index(stage)
-                _tma_load(x_desc, [m * BLOCK_M, k], full.index(stage), x_buf)
+                row, x_buf = m * (BLOCK_M + MORE_M), x_bufs.index(stage)
+                _tma_load(x_desc, [row, k], full.index(stage), x_buf)
+                if MORE_M:
+                    _tma_load(more_x_desc, [row + BLOCK_M, k], full.index(stage), more_x_bufs.index(stage))
                 step += 1
 
     @gluon.jit
@@ -375,51 +377,79 @@ if gluon is not None:
         return gl.convert_layout(gl.reshape(w, (64, 64)), gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
 
     @gluon.jit
+    def _finish_tile(acc, scale_ptr, bias_ptr, col, N, layout: gl.constexpr, HAS_BIAS: gl.constexpr):
+        offs_n = col + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0), 1)
+        if HAS_BIAS:
+            acc += gl.expand_dims(gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32), 1)
+        return acc
+
+    @gluon.jit
+    def _store_tile(acc, y_desc, y_buf, row, col, ROWS: gl.constexpr):
+        """acc (64 channels, ROWS), 64 rows after the other."""
+        if ROWS > 64:
+            first, second = gl.split(gl.permute(gl.reshape(acc, [64, 2, ROWS // 2]), (0, 2, 1)))
+            _store_tile(first, y_desc, y_buf, row, col, ROWS // 2)
+            _store_tile(second, y_desc, y_buf, row + ROWS // 2, col, ROWS // 2)
+        else:
+            hopper.tma.store_wait(0)
+            y_buf.permute((1, 0)).store(acc.to(y_desc.dtype))
+            hopper.fence_async_shared()
+            _tma_store(y_desc, [row, col], y_buf)
+
+    @gluon.jit
     def _multiply_tiles(
-        group, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS: gl.constexpr, FINISH: gl.constexpr
-    ):
-        x_bufs, w_bufs, y_bufs, full, empty = buffers
+        group, y_desc, scale_ptr, bias_ptr, buffers, sizes, MORE_M: gl.constexpr, HAS_BIAS: gl.constexpr,
+        FINISH: gl.constexpr
+    ):  # fmt: skip
+        x_bufs, more_x_bufs, w_bufs, y_bufs, full, empty = buffers
         tiles_m, tiles_n, parts, N, K = sizes
         STAGES: gl.constexpr = x_bufs.shape[0]
         GROUPS: gl.constexpr = w_bufs.shape[0] // STAGES
         BLOCK_M: gl.constexpr = x_bufs.shape[1]
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+        more_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+        operand: gl.constexpr = gl.DotOperandLayout(0, more_layout, 2)
         y_buf, step = y_bufs.index(group), 0
         for turn in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
             part, m, n = _place(turn, sizes)
             acc = gl.zeros([64, BLOCK_M], gl.float32, layout)
+            more_acc = gl.zeros([64, 64], gl.float32, more_layout)
             for _ in range(gl.cdiv(K - part * 64, 128 * parts)):  # two steps at once: half of the waiting
                 first, second = step % STAGES, (step + 1) % STAGES
                 hopper.mbarrier.wait(full.index(first), step // STAGES & 1)
                 w = _widen_tile(w_bufs.index(first * GROUPS + group), x_bufs.dtype, layout)
                 hopper.mbarrier.wait(full.index(second), (step + 1) // STAGES & 1)
-                more_w = _widen_tile(w_bufs.index(second * GROUPS + group), x_bufs.dtype, layout)
+                next_w = _widen_tile(w_bufs.index(second * GROUPS + group), x_bufs.dtype, layout)
                 sums = hopper.warpgroup_mma(w, x_bufs.index(first).permute((1, 0)), acc, is_async=True)
-                sums = hopper.warpgroup_mma(more_w, x_bufs.index(second).permute((1, 0)), sums, is_async=True)
-                acc, w, more_w = hopper.warpgroup_mma_wait(0, deps=(sums, w, more_w))
+                sums = hopper.warpgroup_mma(next_w, x_bufs.index(second).permute((1, 0)), sums, is_async=True)
+                if MORE_M:
+                    more_w = gl.convert_layout(w, operand, assert_trivial=True)
+                    more_next_w = gl.convert_layout(next_w, operand, assert_trivial=True)
+                    x, next_x = more_x_bufs.index(first).permute((1, 0)), more_x_bufs.index(second).permute((1, 0))
+                    more = hopper.warpgroup_mma(more_w, x, more_acc, is_async=True)
+                    more = hopper.warpgroup_mma(more_next_w, next_x, more, is_async=True)
+                    deps = sums, more, w, next_w, more_w, more_next_w
+                    acc, more_acc, w, next_w, more_w, more_next_w = hopper.warpgroup_mma_wait(0, deps=deps)
+                else:
+                    acc, w, next_w = hopper.warpgroup_mma_wait(0, deps=(sums, w, next_w))
                 hopper.mbarrier.arrive(empty.index(first), count=1)
                 hopper.mbarrier.arrive(empty.index(second), count=1)
                 step += 2
-            col = (n * GROUPS + group) * 64
+            row, col = (part * tiles_m + m) * (BLOCK_M + MORE_M), (n * GROUPS + group) * 64
             if FINISH:
-                offs_n = col + gl.arange(0, 64, gl.SliceLayout(1, layout))
-                acc *= gl.expand_dims(gl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0), 1)
-                if HAS_BIAS:
-                    bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
-                    acc += gl.expand_dims(bias.to(gl.float32), 1)
-            halves = gl.split(gl.permute(gl.reshape(acc, [64, 2, BLOCK_M // 2]), (0, 2, 1)))
-            for half in gl.static_range(2):
-                row = (part * tiles_m + m) * BLOCK_M + half * (BLOCK_M // 2)
-                hopper.tma.store_wait(0)
-                y_buf.permute((1, 0)).store(halves[half].to(y_desc.dtype))
-                hopper.fence_async_shared()
-                _tma_store(y_desc, [row, col], y_buf)
+                acc = _finish_tile(acc, scale_ptr, bias_ptr, col, N, layout, HAS_BIAS)
+            _store_tile(acc, y_desc, y_buf, row, col, BLOCK_M)
+            if MORE_M:
+                if FINISH:
+                    more_acc = _finish_tile(more_acc, scale_ptr, bias_ptr, col, N, more_layout, HAS_BIAS)
+                _store_tile(more_acc, y_desc, y_buf, row + BLOCK_M, col, MORE_M)
         hopper.tma.store_wait(0)
 
     @gluon.jit(do_not_specialize=["M", "parts"])
     def _gemm_groups_kernel(
-        x_desc, w_desc, y_desc, scale_ptr, bias_ptr, M, N, K, parts,
-        HAS_BIAS: gl.constexpr, FINISH: gl.constexpr, GROUPS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+        x_desc, more_x_desc, w_desc, y_desc, scale_ptr, bias_ptr, M, N, K, parts, HAS_BIAS: gl.constexpr,
+        FINISH: gl.constexpr, GROUPS: gl.constexpr, BLOCK_M: gl.constexpr, MORE_M: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """_gemm_kernel's PERMUTED products with the warps apart: one loads, and groups of four each widen 64 rows of
         the weight and multiply them, so that one group's widening hides behind another's products.
@@ -428,27 +458,30 @@ if gluon is not None:
         """
         x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
         w_bufs = gl.allocate_shared_memory(gl.int8, [STAGES * GROUPS, 64, 64], w_desc.layout)
-        y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, BLOCK_M // 2, 64], y_desc.layout)
+        y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 64, 64], y_desc.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             hopper.mbarrier.init(full.index(stage), count=1)
             hopper.mbarrier.init(empty.index(stage), count=GROUPS)
         hopper.fence_async_shared()
-        buffers = x_bufs, w_bufs, y_bufs, full, empty
-        sizes = gl.cdiv(M, BLOCK_M), gl.cdiv(N, 64 * GROUPS), parts, N, K
+        more_x_bufs = x_bufs  # unused
+        if MORE_M:
+            more_x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, MORE_M, 64], x_desc.layout)
+        buffers = x_bufs, more_x_bufs, w_bufs, y_bufs, full, empty
+        sizes = gl.cdiv(M, BLOCK_M + MORE_M), gl.cdiv(N, 64 * GROUPS), parts, N, K
         if GROUPS == 2:
             gl.warp_specialize([
-                (_multiply_tiles, (0, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
-                (_multiply_tiles, (1, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
-                (_load_tiles, (x_desc, w_desc, buffers, sizes)),
+                (_multiply_tiles, (0, y_desc, scale_ptr, bias_ptr, buffers, sizes, MORE_M, HAS_BIAS, FINISH)),
+                (_multiply_tiles, (1, y_desc, scale_ptr, bias_ptr, buffers, sizes, MORE_M, HAS_BIAS, FINISH)),
+                (_load_tiles, (x_desc, more_x_desc, w_desc, buffers, sizes, MORE_M)),
             ], [4, 1], [232, 40])  # fmt: skip
         else:
             gl.warp_specialize([
-                (_multiply_tiles, (0, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
-                (_multiply_tiles, (1, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
-                (_multiply_tiles, (2, y_desc, scale_ptr, bias_ptr, buffers, sizes, HAS_BIAS, FINISH)),
-                (_load_tiles, (x_desc, w_desc, buffers, sizes)),
+                (_multiply_tiles, (0, y_desc, scale_ptr, bias_ptr, buffers, sizes, MORE_M, HAS_BIAS, FINISH)),
+                (_multiply_tiles, (1, y_desc, scale_ptr, bias_ptr, buffers, sizes, MORE_M, HAS_BIAS, FINISH)),
+                (_multiply_tiles, (2, y_desc, scale_ptr, bias_ptr, buffers, sizes, MORE_M, HAS_BIAS, FINISH)),
+                (_load_tiles, (x_desc, more_x_desc, w_desc, buffers, sizes, MORE_M)),
             ], [4, 4, 1], [160, 160, 32])  # fmt: skip
 
 
@@ -639,13 +672,11 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         _enqueue(_one_row_kernel, -(-N // block_n), (x, weight, x_scale, scale, bias, y), scalars, num_warps=warps)
         return y
     rows, ieee = _rule_rows(M), not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
-    # By groups of warps, but where tiles of 192 rows fill their turns (us at M = 160, N = 14336: 54, else 50; at N =
-    # 18944 68, else 82) and where eight parts of K do better: (8192, 1024), M = 128, 384: 25, 28, else 18, 33
-    full = 128 < rows <= 192 and N > 102 * sms * -(-N // (128 * sms))
+    # By groups of warps, but where eight parts of K do better: us at (8192, 1024), M = 128, 384: 25, 28, else 18, 33
     few_channels = N < 2048 and rows <= 256
     if (
-        gluon is not None and capability[0] == 9 and 64 < rows <= max(1024, N // 4) and N % 8 == 0
-        and not (w8a8 or ieee or full or few_channels)
+        gluon is not None and capability[0] == 9 and 64 < rows <= max(1536, N // 4) and N % 8 == 0
+        and not (w8a8 or ieee or few_channels)
         and not (_INTERPRET or torch.compiler.is_compiling())  # which knows no kernels of Gluon's
     ):  # fmt: skip
         _int8_gemm_groups(x, weight, scale, bias, y, sms)
@@ -736,16 +767,20 @@ def _parts(tiles: int, M: int, N: int, K: int, w8a8: bool, sms: int) -> int:
 
 
 @functools.cache
-def _groups_rule(M: int, N: int, K: int, sms: int) -> tuple[int, int, int]:
-    """BLOCK_M, GROUPS and parts of K: the tile that takes least, where K / 64 steps do (H200) and a tile's end."""
-    least = None
-    for block_m, groups, step, end in ((256, 2, 640, 2500), (128, 2, 360, 2500), (128, 3, 490, 4000)):  # ns
+def _groups_rule(M: int, N: int, K: int, sms: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, MORE_M, GROUPS and parts of K: the tile that takes least. In 88 products, M = 100 to 1024, within 2 % of
+    the best."""
+    least, tiles_ns = None, (  # the tile, what 64 of K and what its end take (H200)
+        ((256, 0, 2), 640, 3100), ((128, 0, 2), 360, 2500), ((128, 0, 3), 500, 2300),
+        ((256, 64, 2), 820, 3600), ((128, 64, 2), 490, 2700), ((128, 64, 3), 700, 4000),
+    )  # fmt: skip
+    for (block_m, more_m, groups), step, end in tiles_ns:
         for parts in (1, 2, 3, 4):
-            tiles = -(-M // block_m) * -(-N // (64 * groups)) * parts
+            tiles = -(-M // (block_m + more_m)) * -(-N // (64 * groups)) * parts
             time = -(-tiles // sms) * (K // 64 * step // parts + end)
-            time += 3000 + parts * M * N // 750 if parts > 1 else 0  # the parts' sums are added up
+            time += 3400 + parts * M * N // 870 if parts > 1 else 0  # the parts' sums are added up
             if least is None or time < least:
-                choice, least = (block_m, groups, parts), time
+                choice, least = (block_m, more_m, groups, parts), time
     return choice
 
 
@@ -757,21 +792,24 @@ def _layout(swizzle: int, bits: int):
 
 def _int8_gemm_groups(x, weight, scale, bias, y, sms):
     """Fills y. x in 16 bits, on Hopper."""
-    # us by this and by the other kernels (H200), (4096, 14336), M = 128, 256, 384, 640, 1024, 2048: 38, 54, 80, 118,
-    # 185, 320 and 41, 59, 98, 156, 205, 344 (bf16 41, 48, 65, 109, 155, 305); (13824, 5120), M = 128, 256, 640: 46, 69,
-    # 158 and 62, 98, 180. From N / 4 rows on, to put x in order takes as long as to widen the weight
+    # us by this and by the other kernels (H200), (4096, 14336), M = 128, 192, 256, 320, 640, 2048: 32, 39, 48, 59, 114,
+    # 320 and 41, 50, 59, 98, 156, 344 (bf16 39, 40, 46, 58, 104, 305). Without the 64 more rows 47 at M = 192, 75 at
+    # 320. From N / 4 rows on, to put x in order takes as long as to widen the weight; up to 1536 this is faster all the
+    # same: (14336, 4096), M = 1100, 1536: 185, 255 and not 271, 271; in 35 products that limit is 1.3 % off the best
     (M, K), N = x.shape, weight.shape[0]
-    block_m, groups, parts = _groups_rule(M, N, K, sms)
-    x, weight = _cast_rows(x, x.dtype, permuted=block_m), _for_tma(weight)
+    block_m, more_m, groups, parts = _groups_rule(M, N, K, sms)
+    x, weight = _cast_rows(x, x.dtype, permuted=block_m + more_m), _for_tma(weight)
     out = y if parts == 1 else y.new_empty(parts * x.shape[0], N, dtype=torch.float32)
+    x_desc = GluonDescriptor.from_tensor(x, [block_m, 64], _layout(128, 16))
     tensors = (
-        GluonDescriptor.from_tensor(x, [block_m, 64], _layout(128, 16)),
+        x_desc, GluonDescriptor.from_tensor(x, [more_m, 64], _layout(128, 16)) if more_m else x_desc,
         GluonDescriptor.from_tensor(weight, [64, 64], _layout(64, 8)),
-        GluonDescriptor.from_tensor(out, [block_m // 2, 64], _layout(128, 8 * out.element_size())),
+        GluonDescriptor.from_tensor(out, [64, 64], _layout(128, 8 * out.element_size())),
         scale, scale if bias is None else bias,
     )  # fmt: skip
-    scalars = M, N, K, parts, bias is not None, parts == 1, groups, block_m, 4 if block_m == 256 else 6
-    programs = min(sms, x.shape[0] // block_m * -(-N // (64 * groups)) * parts)
+    stages = (232000 - 4096 * groups * out.element_size()) // (128 * (block_m + more_m) + 4096 * groups)
+    scalars = M, N, K, parts, bias is not None, parts == 1, groups, block_m, more_m, stages
+    programs = min(sms, x.shape[0] // (block_m + more_m) * -(-N // (64 * groups)) * parts)
     _enqueue(_gemm_groups_kernel, programs, tensors, scalars, num_warps=4)
     if parts > 1:
         scalars = x.shape[0], N, parts, 1024

@@ -2739,7 +2739,7 @@ needs_groups = pytest.mark.skipif(
 
 
 @needs_groups
-@pytest.mark.parametrize("tile", [(256, 2), (128, 2), (128, 3)], ids=str)
+@pytest.mark.parametrize("tile", [(256, 0, 2), (128, 0, 2), (128, 0, 3), (256, 64, 2), (128, 64, 2), (128, 64, 3)], ids=str)
 def test_int8_gemm_groups(tile, monkeypatch):
     """Every tile and division of K, of which the rule takes one; K below a step, channels below a tile, several tiles a program."""
     launched, run = [], int8_gemm._enqueue
@@ -2760,7 +2760,7 @@ def test_int8_gemm_groups(tile, monkeypatch):
 def test_int8_gemm_groups_are_launched(monkeypatch):
     launched, run = [], int8_gemm._enqueue
     monkeypatch.setattr(int8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append(kernel), run(kernel, *args, **options)))
-    for M, N, groups in [(64, 4096, False), (65, 4096, True), (1024, 2048, True), (1025, 2048, False), (200, 1024, False), (400, 1024, True), (400, 1028, False)]:
+    for M, N, groups in [(64, 4096, False), (65, 4096, True), (1536, 2048, True), (1537, 2048, False), (200, 1024, False), (400, 1024, True), (400, 1028, False)]:
         w, s = _int8_weight(N, 512)
         for dtype in (torch.bfloat16, torch.float32):
             launched.clear()
@@ -2770,8 +2770,9 @@ def test_int8_gemm_groups_are_launched(monkeypatch):
 
 def test_int8_gemm_groups_rule():
     """What it took of the tiles and divisions that were measured on an H200."""
-    best = {(128, 14336, 4096): (128, 2, 1), (256, 14336, 4096): (256, 2, 1), (384, 14336, 4096): (128, 3, 1), (640, 14336, 4096): (128, 3, 1),
-            (2048, 14336, 4096): (256, 2, 1), (128, 4096, 14336): (128, 2, 4), (256, 4096, 14336): (256, 2, 4), (384, 4096, 14336): (128, 3, 2)}  # fmt: skip
+    best = {(128, 14336, 4096): (128, 0, 2, 1), (192, 14336, 4096): (128, 64, 2, 1), (256, 14336, 4096): (256, 0, 2, 1), (320, 14336, 4096): (256, 64, 2, 1),
+            (384, 14336, 4096): (128, 64, 2, 1), (640, 14336, 4096): (128, 0, 3, 1), (960, 14336, 4096): (128, 64, 3, 1), (2048, 14336, 4096): (256, 0, 2, 1),
+            (128, 4096, 14336): (128, 0, 2, 4), (256, 4096, 14336): (128, 0, 3, 3), (320, 4096, 14336): (256, 64, 2, 4), (384, 4096, 14336): (128, 64, 2, 2)}  # fmt: skip
     assert {sizes: int8_gemm._groups_rule(*sizes, 132) for sizes in best} == best
 
 
@@ -3395,12 +3396,14 @@ for _type, _block_k in [("i8", 128), ("bf16", 64), ("fp16", 64)]:
         _int8_aot("_gemm_tma_kernel", dict(BLOCK_M=_block_m, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (_target,), _stages,
                   x_desc=f"tensordesc<{_type}[{_block_m},{_block_k}]>", w_desc=f"tensordesc<{_type}[{_block_n},{_block_k}]>",
                   y_desc=f"tensordesc<bf16[{_block_m},{_block_n // 2}]>")  # fmt: skip
-for _type, _m, _groups, _stages, _finish in [
-    ("bf16", 256, 2, 4, True), ("fp16", 256, 2, 4, False), ("fp16", 128, 2, 6, True), ("bf16", 128, 3, 6, False), ("bf16", 128, 3, 6, True),
+for _type, _m, _more, _groups, _stages, _finish in [
+    ("bf16", 256, 0, 2, 5, True), ("fp16", 256, 64, 2, 4, False), ("fp16", 128, 0, 2, 8, True), ("bf16", 128, 0, 3, 6, False), ("bf16", 128, 64, 3, 5, True),
+    ("bf16", 256, 64, 2, 4, True), ("fp16", 128, 64, 2, 6, False),
 ] if int8_gemm.gluon else ():  # fmt: skip
     _out = (_type, 16) if _finish else ("fp32", 32)
-    _int8_aot("_gemm_groups_kernel", dict(HAS_BIAS=True, FINISH=_finish, GROUPS=_groups, BLOCK_M=_m, STAGES=_stages), 4, (90,), x_desc=_hopper_aot(_type, _m, 64, 16),
-              w_desc=_hopper_aot("i8", 64, 64, 8, 64), y_desc=_hopper_aot(_out[0], _m // 2, 64, _out[1]), parts="i32")  # fmt: skip
+    _int8_aot("_gemm_groups_kernel", dict(HAS_BIAS=True, FINISH=_finish, GROUPS=_groups, BLOCK_M=_m, MORE_M=_more, STAGES=_stages), 4, (90,),
+              x_desc=_hopper_aot(_type, _m, 64, 16), more_x_desc=_hopper_aot(_type, _more or _m, 64, 16), w_desc=_hopper_aot("i8", 64, 64, 8, 64),
+              y_desc=_hopper_aot(_out[0], 64, 64, _out[1]), parts="i32")  # fmt: skip
 for _long, _block_m, _block_k in [(False, 16, 128), (False, 1, 4096), (False, 1, 16384), (True, 1, 16384)]:
     _int8_aot("_quantize_rows_kernel", dict(QMAX=127, LONG=_long, BLOCK_M=_block_m, BLOCK_K=_block_k), 8 if _block_k > 4096 else 4)
 _int8_aot("_quantize_flat_kernel", dict(QMAX=127, BLOCK=4096), 4)
