@@ -91,7 +91,7 @@ class Case:
     inputs: list  # what the providers take; those that require a gradient are what --backward differentiates
     bytes: int
     reference: Callable  # the result, from float32 copies of the inputs
-    providers: dict  # name -> function or None: PyTorch's eager way first, ours last; "torch.compile..." is compiled
+    providers: dict  # name -> function or false: PyTorch's eager way first, ours last; "torch.compile..." is compiled
     flops: int = 0
     rate: str = "16 bit"  # which matmul rate bounds it
     tolerance: float | None = None  # relative Frobenius error allowed; by default the dtype's epsilon
@@ -182,7 +182,7 @@ def measure(case, o):
     calls, errors = {}, {}
     for name, fn in case.providers.items():
         compiled = name.startswith("torch.compile")
-        if fn is None or (compiled and not o.gpu):
+        if not fn or (compiled and not o.gpu):
             continue
         own = [t.detach().clone().requires_grad_(t.requires_grad) for t in case.inputs]  # some peers overwrite theirs
         try:
@@ -338,9 +338,9 @@ def rope_case(o, t, hq, hk, d, kind):
                 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes,
                 lambda q, k: rope.rope_torch(seen(q), seen(k), cos, sin, interleaved=pairs), {
         "eager": eager, "torch.compile": eager,
-        "liger (in place)": in_place if liger_rope and not pairs and not o.backward else None,
+        "liger (in place)": liger_rope and not (pairs or o.backward) and in_place,
         "flash-attn": flash_rope and not o.backward and (
-            lambda q, k: tuple(flash_rope(seen(t), cos, sin, interleaved=pairs) for t in (q, k))) or None,
+            lambda q, k: tuple(flash_rope(seen(t), cos, sin, interleaved=pairs) for t in (q, k))),
         "ours": lambda q, k: rope.apply_rope(seen(q), seen(k), cos, sin, interleaved=pairs),
     })  # fmt: skip
 
@@ -436,8 +436,8 @@ def mlp_case(o, m, k, n):
     read, made = x.nbytes + gate.nbytes + up.nbytes, m * n * o.dtype.itemsize
     return Case(f"M{m} K{k} N{n}", f"K{k} N{n}", m, [x, gate, up], 2 * read + made if o.backward else read + made,
                 lambda x, gate, up: F.silu(exact(x, gate, rows)) * exact(x, up, rows), {
-        "eager": eager_mlp, "eager packed": None if o.backward else packed,
-        "torch.compile": eager_mlp, "torch.compile packed": None if o.backward else packed,
+        "eager": eager_mlp, "eager packed": not o.backward and packed,
+        "torch.compile": eager_mlp, "torch.compile packed": not o.backward and packed,
         "cuBLAS + liger": liger_swiglu and (lambda x, g, u: liger_swiglu.apply(F.linear(x, g), F.linear(x, u))),
         "ours": swiglu.fused_gated_mlp,
     }, flops=(8 if o.backward else 4) * m * n * k, rows=rows)  # fmt: skip

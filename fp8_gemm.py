@@ -37,10 +37,8 @@ try:  # Triton's lower level, an experiment still: with the releases that its ke
 
     if not (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 10):
         raise ImportError
-    if hasattr(hopper.tma, "async_load"):  # Triton 3.9's names
-        _tma_load, _tma_store = hopper.tma.async_load, hopper.tma.async_store
-    else:
-        _tma_load, _tma_store = hopper.tma.async_copy_global_to_shared, hopper.tma.async_copy_shared_to_global
+    _tma_load = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared  # before Triton 3.9
+    _tma_store = getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global
 except ImportError:
     gluon = None
 
@@ -193,7 +191,7 @@ if triton is not None:
     @triton.jit
     def _gemv_kernel(
         a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, N, K, stride_wn, stride_ask, stride_wsn, stride_wsk,
-        BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr, ROW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCKS: tl.constexpr, ROW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """One row of a, multiplied and summed in float32, no tensor cores. BLOCK_N divides 128, and 128 BLOCK_K.
 
@@ -235,7 +233,7 @@ if triton is not None:
         y = tl.sum(acc, 1)
         if not BLOCKS:
             y *= a_scale * tl.load(w_scale_ptr + offs_n * stride_wsn, mask=offs_n < N, other=0.0)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
         tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=offs_n < N)
 
@@ -243,7 +241,7 @@ if triton is not None:
     def _gemm_kernel(
         a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, stride_am, stride_wn,
         stride_asm, stride_ask, stride_wsn, stride_wsk,
-        BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, IEEE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+        BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, IEEE: tl.constexpr, EVEN_K: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """One tile of y, held transposed: the weight's rows fill the 64 that a tensor core takes, however few a has."""
@@ -279,16 +277,16 @@ if triton is not None:
                 acc += acc_k
         if not BLOCKS:
             acc = acc * tl.load(a_scale_ptrs)[None, :] * tl.load(w_scale_ptr + offs_n % N * stride_wsn)[:, None]
-        if HAS_BIAS:
+        if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
         y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
 
     @triton.jit
     def _add_scaled(acc, x, scale):
-        if _ASM:  # it stays in its place: moved behind the start of the next product, it runs out of registers
+        if _ASM:  # asm stays in its place: after the start of the next product registers would run out
             args = [x, tl.broadcast_to(scale[:, None], x.shape), acc]
-            # pure: the same machine code, and of what is not, torch.compile thinks that it writes every tensor
+            # pure: of asm that is not, torch.compile thinks that it writes every tensor; the machine code is the same
             return tl.inline_asm_elementwise(
                 "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", args, dtype=tl.float32, is_pure=True, pack=1
             )
@@ -297,8 +295,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["M"])
     def _gemm_tma_kernel(
         a_desc, w_desc, y_desc, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K,
-        stride_asm, stride_ask, stride_wsn, stride_wsk,
-        BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, HAS_BIAS: tl.constexpr,
+        stride_asm, stride_ask, stride_wsn, stride_wsk, BLOCKS: tl.constexpr, PROMOTE: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """Aligned operands: each program walks over its share of the tiles of y.
@@ -350,7 +347,7 @@ if triton is not None:
                 if not BLOCKS:
                     a_scale = tl.load(a_scale_ptr + offs_m * stride_asm, mask=offs_m < M)
                     y = y * a_scale[:, None] * tl.load(w_scale_ptr + offs_n * stride_wsn, mask=offs_n < N)[None, :]
-                if HAS_BIAS:
+                if bias_ptr is not None:
                     y += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[None, :]
                 # stored by halves of the columns: half the shared memory, which goes to one more stage of loads
                 left, right = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, BLOCK_N // 2)), (0, 2, 1)))
@@ -446,7 +443,7 @@ if gluon is not None:
         y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 64, 64], y_desc.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
-        scale_bufs = full  # unused
+        scale_bufs = full  # without BLOCKS a stand-in that nothing reads
         if BLOCKS:
             scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * GROUPS, 1, 64], a_scale.layout)
         for stage in gl.static_range(STAGES):
@@ -475,13 +472,13 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
-    """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
+    """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
-    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
+    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
@@ -494,13 +491,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
-        if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
+        if len(_compiled) >= 1024:  # each new row count is a new key
             _compiled.clear()
         _compiled[key] = kernel[(programs,)](*tensors, *scalars, **options)
     else:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        metadata, hooks = kept.packed_metadata, (None, None, None)
-        kept.run(programs, 1, 1, stream, kept.function, metadata, *hooks, *tensors, *scalars)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # the three None: launch metadata and hooks
+        kept.run(programs, 1, 1, stream, kept.function, kept.packed_metadata, None, None, None, *tensors, *scalars)
 
 
 def _kernel_serves(*tensors) -> bool:
@@ -509,8 +505,9 @@ def _kernel_serves(*tensors) -> bool:
         return False
     if not torch.compiler.is_compiling() and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False  # forward-mode derivatives, torch.func and vmap go through the twins
+        or torch.jit.is_tracing()
+    ):  # fmt: skip
+        return False  # forward-mode derivatives, torch.func, vmap and torch.jit.trace go through the twins
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # with `is` torch 2.8's dynamo errs
@@ -661,7 +658,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         a_scale.stride(1) if blocks and not quantize else 0,
         0 if b_scale.numel() == 1 else b_scale.stride(1), b_scale.stride(0) if blocks else 0,
     )  # fmt: skip
-    promote, has_bias = blocks or not fast_accum, bias is not None
+    promote = blocks or not fast_accum
     if widen:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     if M == 1:
@@ -669,17 +666,17 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         # quantisation 20.6, 20.1, 8.4, in a launch of its own 20.3, 20.1, 9.0
         row = 1 << (K - 1).bit_length() if quantize else 0
         block_n, block_k = (8, 1024) if quantize and blocks else (4, 2048)
-        scalars = N, K, b.stride(1), *strides[1:], blocks, has_bias, row, block_n, block_k
+        scalars = N, K, b.stride(1), *strides[1:], blocks, row, block_n, block_k
         _enqueue(_gemv_kernel, -(-N // block_n), (a, b, a_scale, b_scale, bias, y), scalars, num_warps=4)
         return y
     rows = _rule_rows(M)
     on_hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms
     if rows > 64 and on_hopper and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
         groups = 0
-        if gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling()):  # it knows no Gluon
+        if gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling()):  # no Gluon there
             groups = _rule_groups(M, N, y.element_size(), blocks, sms)
         if groups and blocks and not (a_scale.stride(0) == 1 and _aligned(a_scale.t())):
-            # TMA wants rows innermost, in fours. us at 14336 x 4096, M = 1500: 137 with this copy, 203 by _gemm_tma_kernel
+            # TMA wants rows innermost, in fours. us at 14336 x 4096, M = 1500: 137 with this copy, else 203
             a_scale = F.pad(a_scale.t(), (0, -M % 4)).contiguous().t()
             strides = *a_scale.stride(), *strides[2:]
         if groups:
@@ -706,8 +703,8 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     else:
         block_m, block_n, block_k, warps, stages = (64, 64, 128, 8, 2) if blocks else (128, 128, 64, 8, 3)
     scalars = (
-        M, N, K, a.stride(0), b.stride(1), *strides, blocks, promote, ieee, has_bias, K % block_k == 0, block_m,
-        block_n, block_k, stages
+        M, N, K, a.stride(0), b.stride(1), *strides, blocks, promote, ieee, K % block_k == 0, block_m, block_n,
+        block_k, stages
     )  # fmt: skip
     tensors = a, b, a_scale, b_scale, bias, y
     _enqueue(_gemm_kernel, _tiles(M, N, block_m, block_n), tensors, scalars, num_warps=warps, num_stages=stages)
@@ -742,7 +739,7 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
         TensorDescriptor.from_tensor(y, [half, block_n // 2]),
         a_scale, b_scale, bias,
     )  # fmt: skip
-    scalars = M, N, K, *strides, blocks, promote, bias is not None, block_m, block_n, 128
+    scalars = M, N, K, *strides, blocks, promote, block_m, block_n, 128
     _enqueue(_gemm_tma_kernel, programs, tensors, scalars, num_warps=warps, num_stages=stages)
 
 
@@ -861,7 +858,7 @@ class _FP8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad.t() @ x).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
+            grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -874,22 +871,32 @@ def _linear(x, b, b_scale, bias, granularity) -> Tensor:
     return _product(a, b, a_scale, b_scale, x.dtype, bias, True, granularity == "block")
 
 
-_steps = None  # of all optimizers, counted from the first call of _optimizer_steps on
+_fused_steps = None  # storage -> how often a fused optimizer may have written it, which counts up no tensor's version
 
 
-def _optimizer_steps() -> int:
-    """A fused optimizer's step does not count up the versions of what it writes."""
-    global _steps
-    if _steps is None:
+def _steps_of(storage) -> int:
+    global _fused_steps
+    if _fused_steps is None:
         register_optimizer_step_post_hook(_count_step)
-        _steps = 0
-    return _steps
+        _fused_steps = {}
+    return _fused_steps.get(storage._cdata, 0)
 
 
 def _count_step(optimizer, args, kwargs):
-    global _steps
-    if not torch.compiler.is_compiling():  # it would compile the step anew for each count
-        _steps += 1
+    if torch.compiler.is_compiling():  # it would compile the step anew for each count
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("fused") else ():
+            if type(p) in (Tensor, nn.Parameter):  # _cached_weight keeps nothing of others
+                storage = p.untyped_storage()._cdata
+                _fused_steps[storage] = _fused_steps.get(storage, 0) + 1
+
+
+class _Cache(tuple):
+    """Copied or pickled it is None: nn.utils.parametrize copies a module's whole __dict__."""
+
+    def __reduce__(self):
+        return type(None), ()
 
 
 class FP8Linear(nn.Module):
@@ -913,7 +920,8 @@ class FP8Linear(nn.Module):
             raise ValueError(f'granularity must be "tensor", "row" or "block", got {granularity!r}')
         self.in_features, self.out_features, self.granularity = in_features, out_features, granularity
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -951,8 +959,8 @@ class FP8Linear(nn.Module):
         ):  # fmt: skip
             return self._quantize(w)
         storage = w.untyped_storage()
-        steps = _optimizer_steps() if w.requires_grad or w.grad is not None else 0
-        state = storage._cdata, w.data_ptr(), w._version, w.dtype, w.shape, w.stride(), self.granularity, steps
+        state = storage._cdata, w.data_ptr(), w._version, w.dtype, w.shape, w.stride(), self.granularity
+        state += (_steps_of(storage),)
         stream = torch._C._cuda_getCurrentRawStream(w.get_device()) if w.is_cuda else None  # 3 us less than a Stream
         cache = self._cache
         if cache is None or cache[0] != state:
@@ -960,8 +968,8 @@ class FP8Linear(nn.Module):
             if type(quantized[0]) is not Tensor:  # FakeTensorMode's
                 return quantized
             event = torch.cuda.current_stream(w.device).record_event() if w.is_cuda else None
-            # the storage held weakly keeps its identity from being given to another one
-            self._cache = cache = state, StorageWeakRef(storage), quantized, stream, event
+            # the weak reference keeps the storage's address from being given to another one
+            self._cache = cache = _Cache((state, StorageWeakRef(storage), quantized, stream, event))
         elif stream != cache[3]:  # filled on another stream, perhaps a moment ago
             stream = torch.cuda.current_stream(w.device)
             stream.wait_event(cache[4])
@@ -1007,9 +1015,9 @@ class FP8Linear(nn.Module):
             quantized = self._quantize(weight)
         else:
             quantized = self._cached_weight(weight)
-        # torch 2.11 with dynamic=True fails in training where K was symbolic: compiled, 2-D x is given its K anew, too
+        # when compiled, 2-D x is reshaped, too, so that K is a number: a symbol fails in training (torch 2.11, dynamic)
         as_is = x.ndim == 2 and not torch.compiler.is_compiling()
-        rows = x if as_is else x.reshape(-1, self.in_features)
+        rows = x if as_is else x.reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features)
         if weight_trains or training and (x.requires_grad or bias is not None and bias.requires_grad):
             y = _FP8Linear.apply(rows, weight, bias, *quantized, self.granularity)
         else:

@@ -15,12 +15,12 @@ attention of Qwen 3, Gemma 3 and OLMo 2 in https://github.com/huggingface/transf
 """
 
 import math
+import operator
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -53,7 +53,7 @@ def fused_rmsnorm_rope_torch(
     cos, sin = (t.unsqueeze(-2).to(wide) for t in (cos, sin))
     n0, n1 = (n[..., 0::2], n[..., 1::2]) if interleaved else n.chunk(2, dim=-1)
     y = torch.stack((n0 * cos - n1 * sin, n1 * cos + n0 * sin), dim=-1 if interleaved else -2)
-    return y.reshape(x.shape).to(x.dtype)
+    return y.reshape(x.shape).to(x.dtype).contiguous()
 
 
 def fused_qk_norm_rope_torch(
@@ -66,6 +66,11 @@ def fused_qk_norm_rope_torch(
     q = fused_rmsnorm_rope_torch(q, q_weight, cos, sin, eps, num_heads, **options)
     k = fused_rmsnorm_rope_torch(k, k_weight, cos, sin, eps, num_kv_heads, **options)
     return tuple(t.unflatten(-1, (-1, D)) for t in (q, k, v))
+
+
+def _index(n):
+    """n, an int where it is NumPy's."""
+    return n if n is None or isinstance(n, (int, torch.SymInt)) else operator.index(n)
 
 
 def _head_dim(x, weight, cos, num_heads):
@@ -108,8 +113,8 @@ if triton is not None:
         x_at = (token // S).to(tl.int64) * stride_xb + (token % S).to(tl.int64) * stride_xs
         return token, token < tokens, x_at
 
-    # Apart from _tokens: of a call that returns what a store's address is made of, torch.compile takes every tensor for
-    # written, and copies it
+    # No part of _tokens: where a store's address comes out of a function, torch.compile takes every tensor that went in
+    # for written, and copies it
     @triton.jit
     def _load_tables(
         token, mask, cos_ptr, sin_ptr, position_ptr, stride_cb, stride_cs, stride_pb, S, rows,
@@ -144,7 +149,7 @@ if triton is not None:
 
     @triton.jit
     def _turn(n0, n1, cos, sin):
-        # Which product goes into the fused multiply-add is the compiler's choice, and may change with the strides
+        # By fma: which product the compiler fuses may change with the strides, and then a row's bits would
         return tl.fma(n0, cos, -(n1 * sin)), tl.fma(n1, cos, n0 * sin)
 
     # k and its weight are None for one tensor alone. Token counts are not specialised: a new one never compiles anew
@@ -225,8 +230,8 @@ if triton is not None:
                 dw_ptr += program.to(tl.int64) * N
             dw0 = tl.zeros((BLOCK_T, BLOCK_H, HALF), tl.float32)
             dw1 = tl.zeros((BLOCK_T, BLOCK_H, HALF), tl.float32)
-            # One row of weights for all heads: 148 us at 16384 tokens of 32 and 8 heads of 128 instead of 157; but of 8
-            # and 4 heads of 256 144 instead of 112
+            # Heads of up to 128 share one row of weights: 148 us at 16384 tokens of 32 and 8, with a row each 157. For
+            # longer ones a row each is better: 112 us with 8 and 4 heads of 256, sharing one 144
             one = tl.arange(0, 1)[None, :, None]
             w0, w1 = _load_weights(
                 w_ptr, heads if WHOLE or HALF > 64 else one, H, offset, D, HALF, INTERLEAVED, WHOLE
@@ -244,7 +249,7 @@ if triton is not None:
                 n0, n1 = _turn(dy0, dy1, cos, -sin)  # the gradient of the norm, g that before the weight
                 g0, g1 = n0 * w0, n1 * w1
                 rstd = tl.rsqrt(_sum(x0 * x0 + x1 * x1, WHOLE) / N + tl.cast(eps, tl.float32))
-                rstd = tl.where(mask, rstd, 0.0)  # where there is no head the squares are 0, and eps may be
+                rstd = tl.where(mask, rstd, 0.0)  # beyond the heads it would be inf where eps is 0
                 mean = _sum(g0 * x0 + g1 * x1, WHOLE) / N * rstd * rstd
                 if dx_ptr is not None:
                     dx0, dx1 = rstd * (g0 - x0 * mean), rstd * (g1 - x1 * mean)
@@ -274,13 +279,13 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
-    """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
+    """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
-    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
+    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
@@ -290,13 +295,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
-        if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
+        if len(_compiled) >= 1024:  # each new row count is a new key
             _compiled.clear()
         _compiled[key] = kernel[(programs,)](*tensors, *scalars, **options)
     else:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        metadata, hooks = kept.packed_metadata, (None, None, None)
-        kept.run(programs, 1, 1, stream, kept.function, metadata, *hooks, *tensors, *scalars)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # the three None: launch metadata and hooks
+        kept.run(programs, 1, 1, stream, kept.function, kept.packed_metadata, None, None, None, *tensors, *scalars)
 
 
 def _kernel_serves(*tensors) -> bool:
@@ -305,8 +309,9 @@ def _kernel_serves(*tensors) -> bool:
         return False
     if not torch.compiler.is_compiling() and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False  # forward-mode derivatives, torch.func and vmap go through the twins
+        or torch.jit.is_tracing()
+    ):  # fmt: skip
+        return False  # forward-mode derivatives, torch.func, vmap and torch.jit.trace go through the twins
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
@@ -327,13 +332,13 @@ def _sum_rows(parts, dtype):
 
 def _forward_tile(H, D, HALF, whole):
     """BLOCK_T, BLOCK_H, warps: some heads of some tokens, or a token's whole row."""
-    if not whole:  # one warp without a barrier: 68.7 us at 16384 tokens of 32 x 128 on an H200, four with 32 heads 70.5
+    if not whole:  # one warp needs no barrier: 68.7 us at 16384 tokens of 32 x 128 (H200), four with 32 heads 70.5
         rows = max(512 // HALF, min(8, 4096 // HALF), 1)
         BLOCK_H = min(1 << (H - 1).bit_length(), rows)
-        # a token of 4 heads of 256: 8.9 us at 4096, two 10.4
+        # one token where heads are long: 8.9 us at 4096 tokens of 4 x 256, with two 10.4
         return rows // BLOCK_H if HALF <= 64 else 1, BLOCK_H, min(max(rows * HALF // 1024, 1), 16)
-    # whole: half a row at a time, of up to 2048 columns: 69.1 us at 16384 tokens of 32 x 128, interleaved, 9.8 at 2048;
-    # rows at once 72.5 and 10.6. Fewer warps where the tile is wider than the heads: 51.7 us at 32 x 80, else 57.0
+    # whole: half a row at a time, 2048 columns at most: 69.1 us at 16384 tokens of 32 x 128, interleaved, 9.8 at 2048,
+    # all of it at once 72.5 and 10.6. Fewer warps where D is no power of 2: 51.7 us at 32 x 80, else 57.0
     BLOCK_H = max(min((1 << H.bit_length()) >> 2, 1024 // HALF), 1)
     return 1, BLOCK_H, min(max(BLOCK_H * HALF // (256 if D == 2 * HALF else 512), 1), 16)
 
@@ -341,7 +346,7 @@ def _forward_tile(H, D, HALF, whole):
 def _backward_tile(H, Hk, HALF, whole):
     """BLOCK_T, BLOCK_H, warps, programs an SM: 106 us at 16384 tokens of 32 x 128 whole, 105 by the head, floor 95."""
     heads = 1 << (H - 1).bit_length()
-    if whole:  # in one piece; rows of more than 16384 columns are held in memory, too, and six times slower
+    if whole:  # a row in one piece: beyond 16384 columns registers spill, six times slower
         num_warps = min(max(heads * HALF // 256, 1), 8 if heads * HALF <= 4096 else 16)
         return 1, heads, num_warps, max(4096 // (heads * HALF), 1)
     BLOCK_H = min(heads, 8 if (Hk or H) > 4 else 4)  # 116 us at 16384 tokens of 8 and 4 heads of 256, eights 142
@@ -359,9 +364,8 @@ def _strides(x, cos, position_ids):
 def _forward(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, offset, interleaved):
     """The normed and rotated x (B, S, Hq * D), or with k_weight q, k and v of the packed x."""
     B, S, _ = x.shape
-    q, k = x.new_empty(x.shape if k_weight is None else (B, S, Hq, D)), None
-    if k_weight is not None:
-        k = x.new_empty(B, S, Hk, D)
+    q = x.new_empty(x.shape if k_weight is None else (B, S, Hq, D))
+    k = None if k_weight is None else x.new_empty(B, S, Hk, D)
     whole = k is None and q_weight.shape[0] == Hq * D
     HALF = 1 << (D // 2 - 1).bit_length()
     BLOCK_T, BLOCK_H, num_warps = _forward_tile(Hq, D, HALF, whole)
@@ -385,7 +389,7 @@ class _NormRoPE(torch.autograd.Function):
         return outs
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         x, q_weight, k_weight, cos, sin, position_ids = ctx.saved_tensors
         need_x, need_q, need_k = ctx.needs_input_grad[:3]
@@ -399,8 +403,8 @@ class _NormRoPE(torch.autograd.Function):
             properties = torch.cuda.get_device_properties(x.device)
             processors, room = properties.multi_processor_count, properties.shared_memory_per_block_optin or 65536
         stages = min(3, max((room - 16384) // (4 * BLOCK_T * BLOCK_H * HALF * x.element_size()), 0) + 1)
-        # Programs in proportion to heads, no more than fit side by side: where those that copy dv waited for the others
-        # to end, 219 us instead of 163 at 16384 tokens of 32 and 8 heads
+        # q, k and v get programs by their heads, together no more than run at once: 163 us at 16384 tokens of 32 and 8
+        # heads; when those that copy dv had to wait for the others 219
         programs, parts = programs * processors, (Hq, Hk, Hk if need_x else 0)
         programs_q, programs_k, programs_v = (
             min(-(-B * S // BLOCK_T) * (1 if whole else -(-H // BLOCK_H)), max(programs * H // sum(parts), min(H, 1)))
@@ -449,7 +453,7 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
     ):
         raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(position_ids.shape)}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        # To the dtype that F.rms_norm takes it to (float32 in newer releases, on CUDA)
+        # To what autocast makes of F.rms_norm's input: float32 in newer releases on CUDA
         x = x.to(F.rms_norm(x.new_empty(0, 1), (1,)).dtype)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if learned or not x.numel() or not _kernel_serves(x, q_weight, k_weight, cos, sin, position_ids):
@@ -498,9 +502,13 @@ def fused_rmsnorm_rope(
         raise ValueError(f"x must be (B, S, H * D), got shape {tuple(x.shape)}")
     if weight.dim() != 1 or not weight.shape[0]:
         raise ValueError(f"weight must be (H * D,) or (D,), got shape {tuple(weight.shape)}")
+    num_heads = _index(num_heads)
     width, D = x.shape[-1], _head_dim(x, weight, cos, num_heads)
     if D < 2 or D % 2 or width % D or (num_heads is not None and num_heads * D != width):
-        raise ValueError(f"num_heads must divide x's width {width} into even head_dims, got {num_heads}: head_dim {D}")
+        if num_heads is not None:
+            raise ValueError(f"num_heads must divide x's width {width} into even head_dims, got {num_heads}")
+        name, shape = ("cos", cos.shape) if weight.shape[0] == width else ("weight", weight.shape)
+        raise ValueError(f"{name} must have an even width that divides x's {width}, got shape {tuple(shape)}")
     if weight.shape[0] != D and weight.shape[0] != width:
         raise ValueError(f"weight must have shape ({width},) or ({D},), got {tuple(weight.shape)}")
     return _dispatch(x, weight, None, cos, sin, position_ids, width // D, 0, D, eps, offset, interleaved)
@@ -525,6 +533,7 @@ def fused_qk_norm_rope(
         raise ValueError(f"q_weight must be (D,) of an even head_dim D, got shape {tuple(q_weight.shape)}")
     if k_weight.shape != q_weight.shape:
         raise ValueError(f"k_weight must have q_weight's shape {tuple(q_weight.shape)}, got {tuple(k_weight.shape)}")
+    num_heads, num_kv_heads = _index(num_heads), _index(num_kv_heads)
     for name, n in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
         if n < 1:
             raise ValueError(f"{name} must be positive, got {n}")
@@ -533,7 +542,10 @@ def fused_qk_norm_rope(
     if qkv.dim() != 3 or qkv.shape[-1] != width:
         raise ValueError(f"qkv must be (B, S, {width}), got shape {tuple(qkv.shape)}")
     heads = num_heads, num_kv_heads, D
-    return _dispatch(qkv, q_weight, k_weight, cos, sin, position_ids, *heads, eps, offset, interleaved)
+    q, k, v = _dispatch(qkv, q_weight, k_weight, cos, sin, position_ids, *heads, eps, offset, interleaved)
+    if v.dtype != qkv.dtype:  # autocast has cast what it norms
+        v = qkv[..., -num_kv_heads * D :].unflatten(-1, (num_kv_heads, D))
+    return q, k, v
 
 
 class _Norm(nn.Module):
@@ -556,13 +568,14 @@ class FusedRMSNormRoPE(_Norm):
         self, hidden_dim: int, head_dim: int, eps: float = 1e-6, *, per_head: bool = False, offset: float = 0.0,
         device=None, dtype=None
     ):  # fmt: skip
-        if head_dim < 2 or head_dim % 2 or hidden_dim % head_dim:
+        hidden_dim, head_dim = _index(hidden_dim), _index(head_dim)
+        if head_dim < 2 or head_dim % 2 or hidden_dim < 1 or hidden_dim % head_dim:
             raise ValueError(f"head_dim must be even and divide hidden_dim {hidden_dim}, got {head_dim}")
         super().__init__(head_dim if per_head else hidden_dim, offset, device, dtype)
         self.hidden_dim, self.head_dim, self.eps, self.per_head = hidden_dim, head_dim, eps, per_head
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        if x.shape[-1] != self.hidden_dim:
+        if x.shape[-1:] != (self.hidden_dim,):
             raise ValueError(f"x must be (B, S, {self.hidden_dim}), got shape {tuple(x.shape)}")
         options = {"offset": self.offset, "position_ids": position_ids}
         return fused_rmsnorm_rope(x, self.weight, cos, sin, self.eps, self.hidden_dim // self.head_dim, **options)

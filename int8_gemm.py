@@ -34,10 +34,8 @@ try:  # Triton's lower level, an experiment still: with the releases that its ke
 
     if not (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 10):
         raise ImportError
-    if hasattr(hopper.tma, "async_load"):  # Triton 3.9's names
-        _tma_load, _tma_store = hopper.tma.async_load, hopper.tma.async_store
-    else:
-        _tma_load, _tma_store = hopper.tma.async_copy_global_to_shared, hopper.tma.async_copy_shared_to_global
+    _tma_load = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared  # before Triton 3.9
+    _tma_store = getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global
 except ImportError:
     gluon = None
 
@@ -50,10 +48,8 @@ def quantize_symmetric_torch(tensor: Tensor, bits: int = 8, dim: int | None = No
     """Twin of quantize_symmetric."""
     qmax = 2 ** (bits - 1) - 1
     x = tensor.detach().float()
-    if x.numel():
-        amax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    else:
-        amax = x.new_zeros(() if dim is None else [1 if i == dim % x.ndim else n for i, n in enumerate(x.shape)])
+    reduce = torch.amax if x.numel() else torch.sum  # nothing has no maximum, but a sum: 0
+    amax = reduce(x.abs()) if dim is None else reduce(x.abs(), dim, keepdim=True)
     scale = amax / torch.full_like(amax, qmax)  # CUDA multiplies by a Python number's reciprocal: not correctly rounded
     scale = torch.where(scale == 0, 1.0, scale)
     return (x / scale).round().clamp(-qmax, qmax).to(torch.int8).contiguous(), scale
@@ -63,6 +59,9 @@ def int8_gemm_torch(
     x: Tensor, weight_int8: Tensor, scale: Tensor, bias: Tensor | None = None, *, quantize_activations: bool = False
 ) -> Tensor:
     """Twin of int8_gemm, both modes."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it would take the product to 16 bits
+        with torch.autocast(x.device.type, enabled=False):
+            return int8_gemm_torch(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = (x.to(wide) @ weight_int8.to(wide).T) * scale.to(wide)
     if quantize_activations:
@@ -70,7 +69,7 @@ def int8_gemm_torch(
         exact = (xq.double() @ weight_int8.double().T).to(wide) * x_scale * scale  # float64 holds any such sum
         forward_mode = not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
         if y.requires_grad or forward_mode:  # the gradient passes straight through round
-            exact = exact + (y - y.detach())
+            exact = exact + torch.where(y.isfinite(), y - y.detach(), 0.0)
         y = exact
     if bias is not None:
         y = y + bias.to(wide)
@@ -78,7 +77,7 @@ def int8_gemm_torch(
 
 
 if triton is not None:
-    _DIVIDE = tl.constexpr(_INTERPRET)  # its multiply-add rounds twice before Triton 3.9
+    _DIVIDE = tl.constexpr(_INTERPRET)  # the interpreter's fma rounds twice before Triton 3.9
 
     @triton.jit
     def _nearest(x, scale, QMAX: tl.constexpr):
@@ -230,8 +229,8 @@ if triton is not None:
         tiles_m = tl.cdiv(M, BLOCK_M + MORE_M)
         m, n = tile % tiles_m * (BLOCK_M + MORE_M), tile // tiles_m * BLOCK_N
         offs_m, offs_n, offs_k = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-        if not PERMUTED:  # rows past the end wrap around: whole vectors, no mask; they are dropped at the store. Each
-            # of FEW, 4 at most, would be read four times or more: 29 us at (4096, 14336), M = 4, with a mask 23
+        if not PERMUTED:  # rows past the end wrap around: whole vectors, no mask; the store drops them. FEW rows, 4 at
+            # most, would be read four times over, so they have a mask: 23 us at (4096, 14336), M = 4, and not 29
             w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
             x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if W8A8 else tl.float32)
@@ -250,9 +249,9 @@ if triton is not None:
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32)
             elif PERMUTED:
                 w, x = _in_order(_widen(w, x.dtype)), _in_order(x) if PERMUTED == 2 else x
-                # k < K always; but as each step uses the sums, Triton waits for the tensor cores. Else they run on
-                # while the next step overwrites the registers that they read w from (Triton 3.6), and results vary.
-                # Two steps in turn, with registers of their own, gain nothing: its ptxas then waits for each product.
+                # k < K always holds, but makes each step use the sums, so that Triton waits for the tensor cores: 3.6
+                # would overwrite w's registers while they still read them, and results would vary. Two steps in turn,
+                # each with its own registers, gain nothing: ptxas then waits for each product.
                 if MORE_M:
                     more = tl.where(k < K, tl.dot(w, more_x_ptr.load([m + BLOCK_M, k]).T, more), 0.0)
                 acc = tl.where(k < K, tl.dot(w, x.T, acc), 0.0)
@@ -489,13 +488,13 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
-    """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
+    """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
-    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
+    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
@@ -508,13 +507,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
-        if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
+        if len(_compiled) >= 1024:  # each new row count is a new key
             _compiled.clear()
         _compiled[key] = kernel[(programs,)](*tensors, *scalars, **options)
     else:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        metadata, hooks = kept.packed_metadata, (None, None, None)
-        kept.run(programs, 1, 1, stream, kept.function, metadata, *hooks, *tensors, *scalars)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # the three None: launch metadata and hooks
+        kept.run(programs, 1, 1, stream, kept.function, kept.packed_metadata, None, None, None, *tensors, *scalars)
 
 
 def _kernel_serves(*tensors) -> bool:
@@ -523,8 +521,9 @@ def _kernel_serves(*tensors) -> bool:
         return False
     if not torch.compiler.is_compiling() and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False  # forward-mode derivatives, torch.func and vmap go through the twins
+        or torch.jit.is_tracing()
+    ):  # fmt: skip
+        return False  # forward-mode derivatives, torch.func, vmap and torch.jit.trace go through the twins
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
@@ -547,8 +546,8 @@ def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) ->
         raise TypeError(f"tensor must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if bits not in range(2, 9):
         raise ValueError(f"bits must be 2 to 8, got {bits!r}")
-    if dim is not None and not -tensor.ndim <= dim < tensor.ndim:
-        raise ValueError(f"dim must be a dimension of tensor {tuple(tensor.shape)} or None, got {dim}")
+    if dim is not None and not (hasattr(dim, "__index__") and -tensor.ndim <= dim < tensor.ndim):
+        raise ValueError(f"dim must be a dimension of tensor {tuple(tensor.shape)} or None, got {dim!r}")
     if not tensor.numel() or not _kernel_serves(tensor):
         return quantize_symmetric_torch(tensor, bits, dim)
     if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.get_device() != torch.cuda.current_device():
@@ -602,11 +601,12 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
         raise TypeError(f"scale and dtype must be floating point, got {scale.dtype} and {dtype}")
     if quantized.device != scale.device:
         raise ValueError(f"scale must be on {quantized.device}, got {scale.device}")
+    given, learned = tuple(scale.shape), scale.requires_grad and torch.is_grad_enabled()
     if scale.ndim == 1 and quantized.ndim == 2:
         scale = scale.unsqueeze(1)
     if scale.ndim > quantized.ndim or any(s not in (1, n) for s, n in zip(scale.shape[::-1], quantized.shape[::-1])):
-        raise ValueError(f"scale must broadcast to {tuple(quantized.shape)}, got {tuple(scale.shape)}")
-    rows = quantized.ndim == 2 and scale.shape == (quantized.shape[0], 1)
+        raise ValueError(f"scale must broadcast to {tuple(quantized.shape)}, got {given}")
+    rows = quantized.ndim == 2 and scale.shape == (quantized.shape[0], 1) and not learned
     if not rows or not quantized.numel() or dtype == torch.float64 or not _kernel_serves(quantized, scale):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return (quantized.to(wide) * scale.to(wide)).to(dtype)
@@ -677,7 +677,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     if (
         gluon is not None and capability[0] == 9 and 64 < rows <= max(1536, N // 4) and N % 8 == 0
         and not (w8a8 or ieee or few_channels)
-        and not (_INTERPRET or torch.compiler.is_compiling())  # which knows no kernels of Gluon's
+        and not (_INTERPRET or torch.compiler.is_compiling())  # torch.compile: no Gluon
     ):  # fmt: skip
         _int8_gemm_groups(x, weight, scale, bias, y, sms)
         return y
@@ -707,10 +707,9 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         block_k, warps, stages = 32, 4 if rows <= 16 else 8, 2
     elif permuted:  # us at (4096, 14336), M = 64, 128, 256, 512: 27, 37, 57, 105 (bf16 39, 39, 46, 89)
         if rows > 128:
-            # The tile that takes least: ns for 10 of K (two programs on an SM take turns), and to add the parts up.
-            # (14336, 4096), M = 192, 300, 640: 50, 88, 164 with 192 rows (bf16 49, 60, 95), with 128 64, 100, 200. In
-            # 45 products, M = 192 to 640, it is within 2 % of the best, where limits for M and N were up to 37 % off:
-            # (13824, 5120), M = 300, 512, 640: 101, 148, 173 and not 138, 165, 198
+            # (BLOCK_M, MORE_M, BLOCK_N, BLOCK_K, stages) and its ns for 10 of K: the least time, that to add parts of K
+            # up included, is taken. It is within 2 % of the best for 45 products, M = 192 to 640; limits for M and N
+            # were up to 37 % off. us at (14336, 4096), M = 192, 300, 640: 50, 88, 164 (bf16 49, 60, 95)
             least, choices = None, (
                 ((128, 0, 64, 128, 3), 35), ((128, 64, 64, 64, 4), 56), ((256, 0, 64, 64, 3), 61),
                 ((128, 0, 128, 64, 4), 62),
@@ -822,11 +821,10 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
     if x.dtype != torch.int8:  # us for 4096 x 14336: 44, where F.linear takes 155 with 1024 rows and 311 with 2048
         weight = _cast_rows(weight, x.dtype)
     x, weight = _for_tma(x), _for_tma(weight)
-    # us, W8A8 at (4096, 14336), M = 300, 512, 2048: two programs on an SM with 128 x 128 each 54, 56, 175, with 64 x
-    # 128 47, 61, 203, one with 128 x 256 58, 59, 191; 16 bits, M = 2048: 311, 366, 299
-    # BLOCK_M, BLOCK_N, warps, stages, programs an SM, and what a round of these takes: the least sum is the best of 167
-    # products (M = 192 to 4096) or within 4 % of it, once 7 %. A choice by the number of tiles was up to 22 % off: 16
-    # bits, (8960, 1536), M = 1024, 4096: 57, 158 and not 66, 192; W8A8, (12288, 12288), M = 512: 134 and not 149
+    # BLOCK_M, BLOCK_N, warps, stages, programs on an SM, and the relative time of a round of these. The least total is
+    # the fastest of 167 products (M = 192 to 4096) or within 4 % of it, once 7 %; a choice by the number of tiles was
+    # up to 22 % off. us, W8A8 at (4096, 14336), M = 300, 512, 2048: (128, 128) 54, 56, 175, (64, 128) 47, 61, 203, one
+    # program of (128, 256) 58, 59, 191; 16 bits, M = 2048: 311, 366, 299
     choices = (64, 128, 4, 4, 2, 60), (128, 128, 8, 3 if y.element_size() == 2 else 2, 2, 100)
     if x.dtype != torch.int8 and capability[0] == 9:  # sm_100 would spill
         choices = (64, 128, 4, 4, 1, 22), (128, 128, 4, 6, 1, 32), (128, 256, 8, 4, 1, 58)
@@ -944,7 +942,8 @@ class Int8Linear(nn.Module):
         self.quantize_activations = quantize_activations
         self.register_buffer("weight_int8", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", bias)
 
     @torch.no_grad()
     def quantize_weights(self, weight: Tensor) -> None:
@@ -981,10 +980,9 @@ class QuantizedLinear(Int8Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, quantize_activations: bool = False) -> "QuantizedLinear":
         """The bias parameter is taken over as it is, the weight quantised; the linear is left alone."""
-        weight = linear.weight
         new = cls(0, 0, quantize_activations=quantize_activations, device="meta")
         new.in_features, new.out_features = linear.in_features, linear.out_features
-        new.weight_int8, new.weight_scale = quantize_weight_per_channel(weight.detach())
+        new.weight_int8, new.weight_scale = quantize_weight_per_channel(linear.weight.detach())
         new.bias = linear.bias
         return new.train(linear.training)
 
@@ -1011,7 +1009,7 @@ def quantize_model(
 
     for module in model.modules():
         for p in module.parameters(recurse=False):
-            if p.layout == torch.strided and not nn.parameter.is_lazy(p):  # others can't be a Linear's weight
+            if p.layout == torch.strided and not nn.parameter.is_lazy(p):  # no Linear's weight is sparse or lazy
                 owners.setdefault(memory(p), set()).add(id(module))
     found, left = [], set()
     for name, module in model.named_modules(remove_duplicate=False):

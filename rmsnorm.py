@@ -18,7 +18,6 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -108,21 +107,21 @@ if triton is not None:
             res_ptr += rows * stride_rm
         if h_ptr is not None:
             h_ptr += rows * N
-        # Of a long row the last block stays in registers, those before it are read again, from L1: fewer registers, so
-        # more rows at a time on a processor. 130 us at 4096x32768 on an H200, where rows held whole take 141. Where the
-        # row fills L1, all else keeps out of it: 149 us at 1024x131072, else 172
+        # A long row is read twice: only its last block stays in registers, the others come from L1 the second time. In
+        # fewer registers more rows run at once on a processor: 130 us at 4096x32768 (H200), 141 with whole rows held.
+        # A row that fills L1 has it to itself, weight and y pass it by: 149 us at 1024x131072, else 172
         LAST: tl.constexpr = (N - 1) // BLOCK_N * BLOCK_N
         ONCE: tl.constexpr = "evict_first" if N >= 4 * BLOCK_N else ""
         CACHE: tl.constexpr = ".cg" if N >= 4 * BLOCK_N else ""
         squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in tl.range(0, LAST, BLOCK_N, loop_unroll_factor=UNROLL):
             h = _load_sum(x_ptr, res_ptr, h_ptr, start + cols, rows < M, "evict_last")
-            squares = tl.fma(h, h, squares)  # h * h + squares might be rounded otherwise in another variant
+            squares = tl.fma(h, h, squares)  # the compiler's own choice to fuse may vary
         at = LAST + cols
         mask = (rows < M) & (at < N)
         h = _load_sum(x_ptr, res_ptr, h_ptr, at, mask, "evict_last" if AGAIN else ONCE)
         if not AGAIN:
-            w = _load_weight(w_ptr, at, at < N, offset, CACHE)  # before the sum is complete: under way meanwhile
+            w = _load_weight(w_ptr, at, at < N, offset, CACHE)  # now, so that it arrives during the sum
         rstd = tl.rsqrt(tl.sum(tl.fma(h, h, squares), axis=1, keep_dims=True) / N + tl.cast(eps, tl.float32))
         if rstd_ptr is not None:
             tl.store(rstd_ptr + rows, rstd, rows < M)
@@ -157,8 +156,8 @@ if triton is not None:
         h_ptr, dy_ptr, rstd = h_ptr + row * stride_hm, dy_ptr + row * stride_dym, tl.load(rstd_ptr + row)
         tl.store(mean_ptr + row, _mean(h_ptr, dy_ptr, w_ptr, rstd, N, offset, BLOCK_N, STAGES))
 
-    # A program walks over rows, whole or in PIECES, or over those of one block of columns, whose means are then given,
-    # and sums its own row of dw (programs, N). w, mean, dh, dx, dres and dw may be None
+    # Each program walks over rows and sums its own row of dw (programs, N). It takes a row whole, in PIECES, or only
+    # one block of its columns: then the means are given. w, mean, dh, dx, dres and dw may be None
     @triton.jit(do_not_specialize=["M", "programs"])
     def _rmsnorm_bwd_kernel(
         h_ptr, w_ptr, rstd_ptr, mean_ptr, dy_ptr, dh_ptr, dx_ptr, dres_ptr, dw_ptr, stride_hm, stride_dym, stride_dhm,
@@ -173,7 +172,7 @@ if triton is not None:
             cols += tl.program_id(0) // programs * BLOCK_N
             w = _load_weight(w_ptr, cols, cols < N, offset, "")
         dw = tl.zeros((BLOCK_M * PIECES, BLOCK_N), tl.float32)
-        # Without the stages a program waits for each row's loads in turn: 266 us at 16384x8192 instead of 199
+        # Stages load the next rows meanwhile: 199 us at 16384x8192, without them 266
         for tile in tl.range(first, tl.cdiv(M, BLOCK_M), programs, num_stages=STAGES if PIECES == 1 else 1):
             rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
             rstd = tl.load(rstd_ptr + rows, rows < M, 0.0)
@@ -221,13 +220,13 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
-    """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
+    """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
-    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
+    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
@@ -237,13 +236,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
-        if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
+        if len(_compiled) >= 1024:  # each new row count is a new key
             _compiled.clear()
         _compiled[key] = kernel[(programs,)](*tensors, *scalars, **options)
     else:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        metadata, hooks = kept.packed_metadata, (None, None, None)
-        kept.run(programs, 1, 1, stream, kept.function, metadata, *hooks, *tensors, *scalars)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # the three None: launch metadata and hooks
+        kept.run(programs, 1, 1, stream, kept.function, kept.packed_metadata, None, None, None, *tensors, *scalars)
 
 
 def _kernel_serves(*tensors) -> bool:
@@ -252,8 +250,9 @@ def _kernel_serves(*tensors) -> bool:
         return False
     if not torch.compiler.is_compiling() and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False  # forward-mode derivatives, torch.func and vmap go through the twins
+        or torch.jit.is_tracing()
+    ):  # fmt: skip
+        return False  # forward-mode derivatives, torch.func, vmap and torch.jit.trace go through the twins
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
@@ -283,7 +282,7 @@ def _sum_rows(parts, dtype):
     """One small launch: PyTorch's sum and cast take 5.5 us for 132x4096 on an H200, this 3.6."""
     rows, N = parts.shape
     out = parts.new_empty(N, dtype=dtype)
-    BLOCK_M = 64 if N <= 8192 else 16  # of wide rows there are few
+    BLOCK_M = 64 if N <= 8192 else 16  # wide parts are few
     _enqueue(_sum_kernel, -(-N * BLOCK_M // 2048), (parts, out), (rows, N, BLOCK_M, 2048 // BLOCK_M), num_warps=8)
     return out
 
@@ -307,8 +306,8 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     if N > 32768 and residual is None and torch.version.hip is None:  # 32 of AMD's warps would be too many threads
         num_warps, unroll = 32, N // BLOCK_N - 1 if N % BLOCK_N == 0 and N <= 8 * BLOCK_N else 1
     BLOCK_M = max(2048 // BLOCK_N, 1)
-    # Of many rows those of 4096 to 8192 are read again, too, with the same bits: 250 us at 65536x4096 (held 260), 18.3
-    # at 2048x8192 (19.0); but 2.3 at 8x8192 (2.1), and with a residual 18.2 at 2048x4096 (17.0)
+    # Many rows of 3073 to 8192 columns are read twice, too, with the same bits: 250 us at 65536x4096 (once: 260), 18.3
+    # at 2048x8192 (19.0). Few rows are not: 2.3 at 8x8192 (2.1), with a residual 18.2 at 2048x4096 (17.0)
     again = 3072 < N <= 8192 and M >= (512 if residual is None else 4096)
     scalars = _stride(x), _stride(residual), M, eps, offset, N, casting == "llama", again, BLOCK_M, BLOCK_N, unroll
     _enqueue(_rmsnorm_fwd_kernel, -(-M // BLOCK_M), (x, residual, weight, y, h, rstd), scalars, num_warps=num_warps)
@@ -316,8 +315,8 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
 
 
 def _backward_tile(N, small):
-    """BLOCK_M, BLOCK_N, pieces, warps: rows of up to 8192 held whole, longer ones in blocks of columns, their means by
-    a kernel before, or if small in pieces that are read again: 270 us at 4096x32768 on an H200, else 322."""
+    """BLOCK_M, BLOCK_N, pieces, warps. Rows of up to 8192 are held whole. Longer ones go in blocks of columns, after a
+    kernel for their means; small ones in pieces, read twice: 270 us at 4096x32768 (H200), in blocks 322."""
     if 8192 < N <= 32768 and small and not _OLD_TRITON:  # Triton 3.4 spills 700 bytes
         return 1, 8192, _block(N) // 8192, 16
     BLOCK_N = min(_block(N), 8192 if N <= 8192 else 4096)
@@ -329,25 +328,25 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps, offset, casting):
         y, h, rstd = _forward(x, residual, weight, eps, offset, casting, residual is not None, True)
         ctx.save_for_backward(x if h is None else h, weight, rstd)
-        ctx.options = offset, casting == "llama"
-        ctx.x_dtype, ctx.mixed = x.dtype, h is not None and h.dtype != x.dtype
+        ctx.options = x.dtype, offset, casting == "llama"
         if not torch.compiler.is_compiling():
-            ctx.set_materialize_grads(False)  # for an h that nothing uses no zeros are written and read
+            ctx.set_materialize_grads(False)  # an unused h then has dh None, not a tensor of zeros
         if h is not None and not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(h)  # only the weight trains
         return y if h is None else (y, h)
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh=None):
         h, weight, rstd = ctx.saved_tensors
         need_x, need_residual, need_w = ctx.needs_input_grad[:3]
-        dy = h.new_zeros(h.shape, dtype=ctx.x_dtype) if dy is None else dy
-        dy, dh, (offset, llama) = _rows(dy), _rows(dh), ctx.options
+        dtype, offset, llama = ctx.options
+        dy, dh = h.new_zeros(h.shape, dtype=dtype) if dy is None else _rows(dy), _rows(dh)
         N = h.shape[-1]
         M = h.numel() // N
-        dx = h.new_empty(h.shape, dtype=ctx.x_dtype) if need_x or (need_residual and not ctx.mixed) else None
-        dres = h.new_empty(h.shape) if need_residual and ctx.mixed else None  # else dx serves both
+        shared = h.dtype == dtype  # then dx is the residual's gradient, too
+        dx = h.new_empty(h.shape, dtype=dtype) if need_x or (need_residual and shared) else None
+        dres = h.new_empty(h.shape) if need_residual and not shared else None
         processors, room = 4, 0
         if h.is_cuda:
             properties = torch.cuda.get_device_properties(h.device)
@@ -356,8 +355,7 @@ class _RMSNorm(torch.autograd.Function):
         BLOCK_M, BLOCK_N, pieces, num_warps = _backward_tile(N, small)
         blocks = -(-N // (BLOCK_N * pieces))
         programs = min(-(-M // BLOCK_M), max(processors // blocks, 1))
-        # Loads two tiles ahead, or three where the mask cuts rows short, as far as shared memory goes: 71 us at
-        # 16384x2560, else 82
+        # Load two tiles ahead, three where N is no full block, if shared memory has room: 71 us at 16384x2560, else 82
         loaded = h, dy, dh, weight if N > 8192 else None
         stage = 8192 * sum(t.element_size() for t in loaded if t is not None)
         stages = min(3 + (N < BLOCK_N), max((room - 16384) // stage, 0) + 1)
@@ -370,7 +368,7 @@ class _RMSNorm(torch.autograd.Function):
         scalars = _stride(h), _stride(dy), _stride(dh), M, N, programs, offset, llama, BLOCK_M, BLOCK_N, pieces, stages
         tensors = h, weight, rstd, mean, dy, dh, dx, dres, dw
         _enqueue(_rmsnorm_bwd_kernel, programs * blocks, tensors, scalars, num_warps=num_warps)
-        dres = dres if ctx.mixed or not need_residual else dx
+        dres = dx if need_residual and shared else dres
         return dx if need_x else None, dres, _sum_rows(dw, weight.dtype) if need_w else None, None, None, None
 
 
@@ -390,7 +388,7 @@ def _dispatch(x, residual, weight, eps, offset, casting, keep_h):
     if casting not in ("torch", "llama"):
         raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        # To the dtype that F.rms_norm takes it to (float32 in newer releases, on CUDA)
+        # To what autocast makes of F.rms_norm's input: float32 in newer releases on CUDA
         x = x.to(F.rms_norm(x.new_empty(0, 1), (1,)).dtype)
     if not x.numel() or not _kernel_serves(x, residual, weight):
         if residual is None:
@@ -446,6 +444,8 @@ def rmsnorm_residual_fused(
 
     Raises: as rmsnorm.
     """
+    if residual is None:
+        raise TypeError(f"residual must be a tensor of x's shape {tuple(x.shape)}, got None")
     y, h = _dispatch(x, residual, weight, eps, offset, casting, return_residual)
     return (y, h) if return_residual else y
 

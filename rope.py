@@ -14,12 +14,12 @@ Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864
 """
 
 import math
+import operator
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -33,7 +33,11 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _frequencies(seq_len, head_dim, base, scaling, device):
     """Angle per position of each pair, float64, and the factor on cos and sin, as transformers' ROPE_INIT_FUNCTIONS."""
+    if scaling is not None and not isinstance(scaling, dict):
+        raise TypeError(f"scaling must be a dict or None, got {type(scaling).__name__}")
     given = {name: value for name, value in (scaling or {}).items() if value is not None}
+    if layers := [name for name, value in given.items() if isinstance(value, dict)]:
+        raise ValueError(f"scaling must be the dict of one kind of layer, got one for each of {', '.join(layers)}")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in (kinds := ("default", "linear", "dynamic", "llama3", "yarn")):
         raise ValueError(f"scaling's rope_type must be one of {', '.join(kinds)}, got {kind!r}")
@@ -50,13 +54,15 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
     factor = 1.0 if kind == "default" else entry("factor")
     if not factor > 0:
         raise ValueError(f"scaling's factor must be positive, got {factor}")
-    trained = entry("original_max_position_embeddings") if kind in kinds[2:] else None
+    trained = 1 if kind in ("default", "linear") else entry("original_max_position_embeddings")
+    if not trained > 0:
+        raise ValueError(f"scaling's original_max_position_embeddings must be positive, got {trained}")
     base, dim = given.get("rope_theta", base), int(head_dim * given.get("partial_rotary_factor", 1.0))
     least = 4 if kind == "dynamic" else 2
     if dim < least or dim % 2:
         raise ValueError(f"head_dim must be an even number, {least} at least, got {dim}")
-    if not base > 0:
-        raise ValueError(f"base must be positive, got {base}")
+    if not base > (least := 1 if kind == "yarn" else 0):
+        raise ValueError(f"base must be greater than {least}, got {base}")
     if kind == "dynamic" and seq_len > trained:
         base = base * (factor * seq_len / trained - (factor - 1)) ** (dim / (dim - 2))
     inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
@@ -65,6 +71,8 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
         keep = 0.0
     elif kind == "llama3":
         low, high = entry("low_freq_factor"), entry("high_freq_factor")
+        if low == high:
+            raise ValueError(f"scaling's low_freq_factor and high_freq_factor must differ, got {low}")
         keep = ((trained * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     elif kind == "yarn":  # low and high: the pairs that turn beta_fast and beta_slow times within the trained length
         turns = given.get("beta_fast") or 32, given.get("beta_slow") or 1
@@ -96,9 +104,17 @@ def build_rope_cache(
         raise ValueError(f"seq_len must not be negative, got {seq_len}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
-    inv_freq, attention_factor = _frequencies(seq_len, head_dim, base, scaling, device)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), inv_freq)
-    return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
+    device = torch.get_default_device() if device is None else torch.device(device)
+    wide = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    inv_freq, attention_factor = _frequencies(seq_len, head_dim, base, scaling, wide)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=wide), inv_freq)
+    cos, sin = ((t * attention_factor).to(dtype) for t in (angles.cos(), angles.sin()))
+    return cos.to(device), sin.to(device)
+
+
+def _index(n):
+    """n, an int where it is NumPy's."""
+    return n if n is None or isinstance(n, (int, torch.SymInt)) else operator.index(n)
 
 
 def _rotary_dim(D, cos, rotary_dim):
@@ -107,11 +123,15 @@ def _rotary_dim(D, cos, rotary_dim):
 
 
 def _turn(x, interleaved, turn):
-    """x with turn(x0, x1) for each pair, in float32 (float64 where x is)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    y0, y1 = turn(*((wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)))
-    y = torch.stack((y0, y1), dim=-1).flatten(-2) if interleaved else torch.cat((y0, y1), dim=-1)
-    return y.to(x.dtype)
+    """x with turn(x0, x1) for each pair, left in float32 (float64 where x is)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x0, x1 = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    return torch.stack(turn(x0, x1), dim=-1 if interleaved else -2).flatten(-2)
+
+
+def _dense(y, q):
+    """y without gaps in memory, its heads outside where q's are."""
+    return y.transpose(-3, -2).contiguous().transpose(-3, -2) if q.stride(-2) > q.stride(-3) else y.contiguous()
 
 
 def _on_mesh_of(q, *tables):
@@ -129,23 +149,21 @@ def rope_torch(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Twin of apply_rope."""
     S, R = q.shape[-3], _rotary_dim(q.shape[-1], cos, rotary_dim)
-    cos, sin = (t.squeeze(2) if t.dim() == 4 else t for t in (cos, sin))
-    cos, sin = cos[..., : R // 2], sin[..., : R // 2]  # of full-width tables, whose halves are equal, the first is read
+    # Of full-width tables, whose halves are equal, the first is read
+    cos, sin = ((t.squeeze(2) if t.dim() == 4 else t)[..., : R // 2] for t in (cos, sin))
     if position_ids is None:
         cos, sin = cos[..., :S, :], sin[..., :S, :]
     else:  # one more row, of NaN, stands for every position outside the tables
-        rows = cos.shape[0]
-        index = torch.where((position_ids >= 0) & (position_ids < rows), position_ids, rows).long()
+        inside = (position_ids >= 0) & (position_ids < cos.shape[0])
+        index = torch.where(inside, position_ids, cos.shape[0]).long()
         cos, sin = (F.pad(t, (0, 0, 0, 1), value=math.nan)[index] for t in (cos, sin))
-
     wide = torch.promote_types(q.dtype, torch.float32)
     c, s = cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide)
 
     def rotate(x):
         y = _turn(x[..., :R], interleaved, lambda x0, x1: (x0 * c - x1 * s, x1 * c + x0 * s))
-        # in float32: autocast's cat takes no 16 bits but its own
-        y = torch.cat((y.reshape(*x.shape[:-1], R).to(wide), x[..., R:].to(wide)), dim=-1).to(x.dtype)
-        return x.copy_(y) if inplace else y
+        y = torch.cat((y.reshape(*x.shape[:-1], R), x[..., R:].to(wide)), dim=-1).to(x.dtype)
+        return x.copy_(y) if inplace else _dense(y, q)
 
     return rotate(q), None if k is None else rotate(k)
 
@@ -162,7 +180,7 @@ def rope_pytorch(
         y = torch.view_as_complex(torch.stack((x0, x1), dim=-1)) * turns  # PyTorch 2.11 can't torch.complex DTensors
         return y.real, y.imag
 
-    return _turn(q, interleaved, turn), None if k is None else _turn(k, interleaved, turn)
+    return tuple(t if t is None else _dense(_turn(t, interleaved, turn).to(t.dtype), q) for t in (q, k))
 
 
 if triton is not None:
@@ -187,8 +205,8 @@ if triton is not None:
         c, s = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
         return tl.where(((quarter + 1) & 2) == 2, -c, c), tl.where((quarter & 2) == 2, -s, s)
 
-    # Strides are left to be specialised (loads of 16 bytes need to know that they are multiples of 16), counts are not;
-    # the tables' is a constant, as 40 of head_dim 80 is no multiple of 16: 56 us instead of 66 at 16384 tokens
+    # Strides are specialised, as 16-byte loads must know them to be multiples of 16; counts are not. The tables' stride
+    # is a constexpr: it may be no such multiple (40 for head_dim 80), 56 us instead of 66 at 16384 tokens
     @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb"])
     def _rope_kernel(
         q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr,  # cos, sin: or None, then RATIO
@@ -202,7 +220,7 @@ if triton is not None:
         blocks_q = tl.cdiv(Hq, BLOCK_H)
         blocks = blocks_q + tl.cdiv(Hk, BLOCK_H)
         block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-        if OUT == "bhsd":  # neighbours in memory side by side: 85.5 us instead of 87.6 at 16384 tokens of 40 heads
+        if OUT == "bhsd":  # programs in memory's order: 85.5 us instead of 87.6 at 16384 tokens of 40 heads
             tiles = tl.cdiv(tokens, BLOCK_T)
             block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
         x_ptr, y_ptr, stride_b, stride_s, stride_h, H = q_ptr, q_out_ptr, stride_qb, stride_qs, stride_qh, Hq
@@ -241,14 +259,14 @@ if triton is not None:
                 position = tl.load(position_ptr + b * stride_pb + s, token < tokens, 0).to(tl.int64)
             known = (token < tokens) & (position >= 0) & (position < rows) & (pairs < R // 2)
             offs = b * stride_cb + position * stride_cs + pairs
-            if not INTERLEAVED:  # each thread reads those of its own columns, mostly from L1: no shared memory
+            if not INTERLEAVED:  # each thread loads what its own columns need, from L1: no shared memory
                 known, offs = tl.broadcast_to(known, x0.shape), tl.broadcast_to(offs, x0.shape)
             cos = tl.load(cos_ptr + offs, known, float("nan")).to(tl.float32)  # NaN: a position outside the tables
             sin = tl.load(sin_ptr + offs, known, float("nan")).to(tl.float32)
         if NEGATE:
             sin = -sin
         x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-        # Which product goes into the fused multiply-add is the compiler's choice, and may change with the strides
+        # By fma: which product the compiler fuses may change with the strides, and then a row's bits would
         y0, y1 = tl.fma(x0, cos, -(x1 * sin)), tl.fma(x1, cos, x0 * sin)
         if INTERLEAVED:
             tl.store(y_ptr + cols, tl.reshape(tl.join(y0, y1), (BLOCK_H, BLOCK_T, 2 * HALF)), mask_cols)
@@ -263,13 +281,13 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
-    """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
+    """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
-    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
+    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
@@ -279,13 +297,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
-        if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
+        if len(_compiled) >= 1024:  # each new row count is a new key
             _compiled.clear()
         _compiled[key] = kernel[(programs,)](*tensors, *scalars, **options)
     else:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        metadata, hooks = kept.packed_metadata, (None, None, None)
-        kept.run(programs, 1, 1, stream, kept.function, metadata, *hooks, *tensors, *scalars)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # the three None: launch metadata and hooks
+        kept.run(programs, 1, 1, stream, kept.function, kept.packed_metadata, None, None, None, *tensors, *scalars)
 
 
 def _kernel_serves(*tensors) -> bool:
@@ -294,8 +311,9 @@ def _kernel_serves(*tensors) -> bool:
         return False
     if not torch.compiler.is_compiling() and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False  # forward-mode derivatives, torch.func and vmap go through the twins
+        or torch.jit.is_tracing()
+    ):  # fmt: skip
+        return False  # forward-mode derivatives, torch.func, vmap and torch.jit.trace go through the twins
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
@@ -307,8 +325,8 @@ def _kernel_serves(*tensors) -> bool:
 
 def _tile(D, angles):
     """Tokens and heads of a program, which is one warp."""
-    # 8 heads of 128 share a token's tables: 84.4 us at 16384 tokens of 40 heads, 16 heads and 2 warps 84.9, 4 heads
-    # 101, a plain copy 81.3. With angles, which cost more to share, 16 heads: 82.4 us; 8 heads of 4 tokens 99
+    # us at 16384 tokens of 40 heads of 128: 84.4 by 8 heads, which share a token's tables (16 and 2 warps 84.9, 4 heads
+    # 101, a plain copy 81.3). Angles cost more, so that more heads share them: 82.4 by 16, 99 by 8 heads of 4 tokens
     half = 1 << (D // 2 - 1).bit_length()
     BLOCK_H = min(max((1024 if angles else 512) // half, 1), 16)
     return max(512 // (half * BLOCK_H), 1), BLOCK_H
@@ -317,8 +335,9 @@ def _tile(D, angles):
 def _dense_like(x, OUT):
     if x is None or OUT == "inplace":
         return x
-    if OUT == "bhsd":
-        return _dense_like(x.transpose(-3, -2), "bshd").transpose(-3, -2)
+    if OUT == "bhsd":  # no transposed view: autograd lets nothing be written into one that a Function returns
+        S, H, D = x.shape[-3:]
+        return x.new_empty_strided(x.shape, (H * S * D, D, S * D, 1)[-x.dim() :])
     return torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of new_empty
 
 
@@ -379,7 +398,7 @@ class _RoPE(torch.autograd.Function):
         return outs if k is not None else outs[:1]  # torch.compile has no gradient for an output of None
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk=None):
         cos, sin, position_ids = ctx.saved_tensors
         dq, dk = (d if needed else None for d, needed in zip((dq, dk), ctx.needs_input_grad))
@@ -456,7 +475,7 @@ def apply_rope(
     TypeError for dtypes.
     """
     _check_qk(q, k, (3, 4))
-    R = _check_tables(q, cos, sin, position_ids, rotary_dim)
+    R = _check_tables(q, cos, sin, position_ids, _index(rotary_dim))
     if inplace:
         for name, t in (("q", q), ("k", k)):
             if t is not None and t.requires_grad:
@@ -522,7 +541,7 @@ class RotaryEmbedding(nn.Module):
 
     The tables are float32 whatever .to(dtype) says, follow q's device and are no part of state_dict. With position_ids,
     seq_len is the length of the cache, or whatever bounds them: nothing on the device is looked at. With dynamic
-    scaling the frequencies are those of the tables' length, and the unscaled ones once a call fits in max_seq_len.
+    scaling the frequencies are those of the tables' length, which goes back to max_seq_len once a call fits in it.
     """
 
     def __init__(
@@ -533,27 +552,36 @@ class RotaryEmbedding(nn.Module):
         self.dim, self.max_seq_len, self.base, self.interleaved = dim, max_seq_len, base, interleaved
         self.scaling = None if scaling is None else {"max_position_embeddings": max_seq_len, **scaling}
         self.dynamic = scaling is not None and "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
-        self._cos, self._sin = build_rope_cache(max_seq_len, dim, base, scaling=self.scaling, device=device)
+        self._cos, self._sin = self._build(max_seq_len, device)
 
-    def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        rows = self._cos.shape[0]
+    def _build(self, rows, device):
+        with torch.inference_mode(False), torch.no_grad():  # tables of inference mode could not serve training
+            return build_rope_cache(rows, self.dim, self.base, scaling=self.scaling, device=device)
+
+    def _tables(self, length: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_exporting():  # a program that keeps nothing: its lengths have no bound
+            return self._build(length, q.device)
+        rows, eager = self._cos.shape[0], not torch.compiler.is_compiling()
         if length > rows:
-            rows = 1 << (length - 1).bit_length()
+            rows = 1
+            while rows < length:  # bit_length would make a constant of length, so that torch.compile compiles for each
+                rows *= 2
         elif rows > self.max_seq_len >= length and self.dynamic:
             rows = self.max_seq_len
-        if rows != self._cos.shape[0] or self._cos.device != device:
-            with torch.inference_mode(False), torch.no_grad():  # tables of inference mode could not serve training
-                tables = build_rope_cache(rows, self.dim, self.base, scaling=self.scaling, device=device)
-            if type(tables[0]) not in (Tensor,) or not (
-                torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
-            ):
-                return tables  # those of a FakeTensorMode or a torch.func transform serve within it alone
+        # made while torch.compile traced inference mode; or fake where q is not, or the other way about
+        unfit = eager and (self._cos.is_inference() or (type(self._cos) is Tensor) == hasattr(q, "fake_mode"))
+        if rows != self._cos.shape[0] or self._cos.device != q.device or unfit:
+            tables = self._build(rows, q.device)
+            transformed = eager and torch._C._functorch.peek_interpreter_stack() is not None
+            if transformed or type(tables[0]) not in (Tensor,):  # of torch.func or FakeTensorMode: for this call alone
+                return tables
             self._cos, self._sin = tables
         return self._cos, self._sin
 
     def forward(self, q: Tensor, k: Tensor | None, seq_len: int | None = None, position_ids: Tensor | None = None):
         _check_qk(q, k, (3, 4))
-        cos, sin = _on_mesh_of(q, *self._tables(max(q.shape[-3], seq_len or 0), q.device))
+        length = q.shape[-3] if seq_len is None else max(q.shape[-3], seq_len)
+        cos, sin = _on_mesh_of(q, *self._tables(length, q))
         return apply_rope(
             q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids, rotary_dim=2 * cos.shape[-1]
         )
@@ -574,20 +602,20 @@ class RoPEAttention(nn.Module):
         n_kv_heads: int | None = None, interleaved: bool = False, bias: bool = False, device=None, dtype=None
     ):  # fmt: skip
         super().__init__()
-        self.n_heads, self.n_kv_heads = n_heads, n_heads if n_kv_heads is None else n_kv_heads
-        self.head_dim, self.dropout = d_model // max(n_heads, 1), dropout
+        n_heads, n_kv_heads = _index(n_heads), _index(n_heads if n_kv_heads is None else n_kv_heads)
         if n_heads < 1:
             raise ValueError(f"n_heads must be positive, got {n_heads}")
-        if d_model % n_heads or self.head_dim % 2:
+        if d_model % (2 * n_heads):
             raise ValueError(f"d_model must be n_heads ({n_heads}) times an even head_dim, got {d_model}")
-        if self.n_kv_heads < 1 or n_heads % self.n_kv_heads:
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads must divide n_heads ({n_heads}), got {n_kv_heads}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+        self.n_heads, self.n_kv_heads, self.head_dim, self.dropout = n_heads, n_kv_heads, d_model // n_heads, dropout
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(d_model, d_model, **options)
-        self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, **options)
-        self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, **options)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, **options)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, **options)
         self.o_proj = nn.Linear(d_model, d_model, **options)
         self.rope = RotaryEmbedding(self.head_dim, base=theta, interleaved=interleaved, device=device)
 
@@ -597,7 +625,8 @@ class RoPEAttention(nn.Module):
         if mask is not None and is_causal:
             raise ValueError("is_causal must be False where a mask is given")
         if mask is not None:
-            if mask.dtype not in (torch.bool, torch.float32, x.dtype):
+            autocast = torch.is_autocast_enabled(x.device.type) and mask.is_floating_point()
+            if not autocast and mask.dtype not in (torch.bool, torch.float32, x.dtype):
                 raise TypeError(f"mask must be bool, float32 or x's {x.dtype}, got {mask.dtype}")
             scores = x.shape[0], self.n_heads, x.shape[1], x.shape[1]
             if not 2 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1])):

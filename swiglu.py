@@ -19,7 +19,6 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -34,15 +33,12 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
-def _upcast(t):
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def swiglu_torch(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
     """Twin of swiglu_fused."""
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
-    return (_ACTIVATIONS[activation](_upcast(gate)) * _upcast(up)).to(gate.dtype).contiguous()
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (_ACTIVATIONS[activation](gate.to(wide)) * up.to(wide)).to(gate.dtype).contiguous()
 
 
 def gated_mlp_torch(
@@ -54,7 +50,8 @@ def gated_mlp_torch(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it would take the products back to 16 bits
         with torch.autocast(x.device.type, enabled=False):
             return gated_mlp_torch(x, gate_weight, up_weight, activation)
-    gate, up = (F.linear(_upcast(x), _upcast(w).to(_upcast(x).dtype)) for w in (gate_weight, up_weight))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate, up = (F.linear(x.to(wide), w.to(wide)) for w in (gate_weight, up_weight))
     return (_ACTIVATIONS[activation](gate) * up).to(x.dtype)
 
 
@@ -66,7 +63,7 @@ if triton is not None:
             y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
         else:  # x * sigmoid(z); gelu_tanh by (1 + tanh(u)) / 2 = sigmoid(2 * u)
             z = x if ACT == "silu" else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-            # Correctly rounded, float32's error is PyTorch's own, not 1.11 times it; 16 bits would only pay 7 % for it
+            # float32 needs exact division for PyTorch's error (else 1.11 times it); in 16 bits it would only cost 7 %
             y = tl.div_rn(x, 1 + tl.exp(-z)) if EXACT else x / (1 + tl.exp(-z))
         return y
 
@@ -226,13 +223,13 @@ _compiled = {}  # what Triton has compiled, by all that it may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
-    """kernel[(programs,)](*tensors, *scalars, **options) in half of the host's time: 6 us instead of 12 (H200).
+    """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    The rest goes to finding the compiled kernel. It is kept here, by all that Triton may have specialised it on, and
-    then launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
+    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
     """
     if (
-        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD's depend on more
+        torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
         or getattr(hook := triton.knobs.runtime.launch_enter_hook, "calls", hook)  # a profiler listens
     ):  # fmt: skip
         kernel[(programs,)](*tensors, *scalars, **options)
@@ -245,13 +242,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
     key = id(kernel), device, scalars, *options.items(), *kinds  # id: the kernel's own hash takes a lock
     kept = _compiled.get(key)
     if kept is None:
-        if len(_compiled) >= 1024:  # row counts are among the scalars: new ones keep coming
+        if len(_compiled) >= 1024:  # each new row count is a new key
             _compiled.clear()
         _compiled[key] = kernel[(programs,)](*tensors, *scalars, **options)
     else:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        metadata, hooks = kept.packed_metadata, (None, None, None)
-        kept.run(programs, 1, 1, stream, kept.function, metadata, *hooks, *tensors, *scalars)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # the three None: launch metadata and hooks
+        kept.run(programs, 1, 1, stream, kept.function, kept.packed_metadata, None, None, None, *tensors, *scalars)
 
 
 def _kernel_serves(*tensors) -> bool:
@@ -260,8 +256,9 @@ def _kernel_serves(*tensors) -> bool:
         return False
     if not torch.compiler.is_compiling() and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False  # forward-mode derivatives, torch.func and vmap go through the twins
+        or torch.jit.is_tracing()
+    ):  # fmt: skip
+        return False  # forward-mode derivatives, torch.func, vmap and torch.jit.trace go through the twins
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
@@ -273,7 +270,7 @@ def _kernel_serves(*tensors) -> bool:
 
 def _rows(t):
     """t itself where it is contiguous (a reshape costs a microsecond), else a matrix whose columns are adjacent."""
-    if t.is_contiguous():
+    if t is None or t.is_contiguous():
         return t
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
@@ -286,7 +283,7 @@ def _matrix(t, dtype):
 
 
 def _extent(*tensors):
-    """Rows, columns and row strides. Contiguous tensors are one long row: whatever I is, no row's end cuts a block."""
+    """Rows, columns and row strides. Contiguous tensors count as one long row: no row's end then cuts a block short."""
     n = tensors[0].numel()
     for t in tensors:
         if not t.is_contiguous():
@@ -296,7 +293,7 @@ def _extent(*tensors):
 
 
 def _row_stride(t):
-    """Of the last dimension that counts rows; one of a single row may have any stride, in a contiguous tensor, too."""
+    """That of the last leading dimension above 1: one of size 1 may have any stride, even in a contiguous tensor."""
     for d in range(t.dim() - 2, -1, -1):
         if t.shape[d] > 1:
             return t.stride(d)
@@ -320,8 +317,8 @@ def _swiglu_forward(gate, up, activation, out=None):
 
 
 def _swiglu_backward(dout, gate, up, dgate, dup, activation):
-    """Writes dgate and dup, one of which may be None. A dgate twice as wide as gate takes both: torch.compile would
-    copy each half of it in and out of a kernel that takes them apart."""
+    """Writes dgate and dup, one of which may be None. A dgate twice as wide as gate takes both: given as two views of
+    one tensor, torch.compile would copy each into the kernel and back."""
     packed = dgate is not None and dgate.numel() == 2 * gate.numel()
     like = dup if dgate is None else dgate.chunk(2, dim=-1)[0] if packed else dgate
     M, I, strides = _extent(dout, gate, up, like)
@@ -339,7 +336,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu_forward(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         gate, up = ctx.saved_tensors
         dgate, dup = (gate.new_empty(gate.shape) if needed else None for needed in ctx.needs_input_grad[:2])
@@ -350,7 +347,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _check(activation, **tensors):
-    if activation not in _ACTIVATIONS:
+    if activation not in tuple(_ACTIVATIONS):
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
     like = None
     for name, t in tensors.items():
@@ -387,7 +384,7 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, activation: str = "silu
             return swiglu_fused(gate, up, activation)
 
     shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
-    gate, up = _rows(gate), None if up is None else _rows(up)
+    gate, up = _rows(gate), _rows(up)
     if up is not None and gate.dim() != up.dim():
         gate, up = (t.reshape(-1, shape[-1]) for t in (gate, up))
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
@@ -420,9 +417,9 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
     out = x.new_empty(M, I, dtype=dtype)
     made = [out, x.new_empty(M, I), x.new_empty(M, I)] if save else [out, None, None]
     if M > 1 and _descriptors_serve(x, gate_weight, up_weight, out):
-        # One descriptor spans both weights where strides agree and they lie nearer than a stride reaches (2^40 bytes:
-        # not all of a GPU's memory has near addresses), which a compiled call can't ask. Without it a copy (115 us at
-        # 4096 x 14336) pays from some 1000 rows on; below them the kernel without descriptors serves
+        # One descriptor spans both weights, one of its strides being the way between them: so their strides must agree
+        # and that way be below 2^40 bytes (addresses may lie further apart), which a traced call can't ask. Else a
+        # packed copy (115 us at 4096 x 14336) pays from some 1000 rows on; fewer take the kernel without descriptors
         near = up_weight is None or (
             not torch.compiler.is_compiling() and gate_weight.stride() == up_weight.stride()
             and abs(up_weight.data_ptr() - gate_weight.data_ptr()) < 2**40
@@ -467,9 +464,9 @@ def _gated_mlp_tma(x, gate_weight, up_weight, made, activation):
     programs = tiles_m * triton.cdiv(I, BLOCK_I)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     if not torch.compiler.is_compiling():  # there M may be a symbol
-        # cuBLAS has tiles that fit where ours would leave processors idle: everything, where columns are few (7168 x
-        # 2048, M = 4, 64, 128: 23, 24, 25 us, not 42, 32, 40) or a fifth of the tiles' rows lies past M (77 us, not 95,
-        # at M = 136, 120, not 135, at 300), or the last wave of tiles (126, not 135, at M = 384, 231, not 257, at 768)
+        # cuBLAS takes over where our tiles would leave processors idle: all columns, if these are few (7168 x 2048, M =
+        # 4, 64, 128: 23, 24, 25 us, not 42, 32, 40) or a fifth of the tiles' rows lies past M (M = 136, 300: 77, 120,
+        # not 95, 135), else those of a last wave of tiles that is not full (M = 384, 768: 126, 231, not 135, 257)
         waves, last = divmod(programs, processors)
         few = I <= 16 * processors and K >= 2048 and M <= (128 if up_weight is None else 16)
         if x.is_cuda and (few or (128 < M <= 384 and M < 0.8 * BLOCK_M * tiles_m)):
@@ -520,7 +517,7 @@ class _GatedMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, gate_weight, up_weight, gate, up = ctx.saved_tensors
         d = x.new_empty(gate.shape[0], 2 * gate.shape[1])
@@ -567,15 +564,14 @@ def fused_gated_mlp(
         with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
             return fused_gated_mlp(x, gate_weight, up_weight, activation)
 
-    dtype, shape = x.dtype, (*x.shape[:-1], gate_weight.shape[0] // (2 if up_weight is None else 1))
-    common = torch.promote_types(dtype, gate_weight.dtype)
+    common = torch.promote_types(x.dtype, gate_weight.dtype)
     common = common if up_weight is None else torch.promote_types(common, up_weight.dtype)
     operands = [t if t is None else _matrix(t, common) for t in (x, gate_weight, up_weight)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        out = _GatedMLP.apply(*operands, activation, dtype)
+        out = _GatedMLP.apply(*operands, activation, x.dtype)
     else:
-        out = _gated_mlp_forward(*operands, activation, dtype, save=False)[0]
-    return out if x.dim() == 2 else out.view(shape)
+        out = _gated_mlp_forward(*operands, activation, x.dtype, save=False)[0]
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
 
 
 class SwiGLU(nn.Module):
@@ -596,6 +592,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"x must have shape (..., {self.hidden_size}), got {tuple(x.shape)}")
+        _check(self.activation, x=x)
         return self.down_proj(swiglu_fused(self.gate_proj(x), self.up_proj(x), self.activation))
 
     def extra_repr(self) -> str:

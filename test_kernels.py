@@ -1443,6 +1443,92 @@ def test_rope_embedding(interleaved):
     embed(x, None)[0].sum().backward()  # tables that grew in inference mode serve training too
 
 
+def test_rope_results_are_laid_out_alike():
+    """[B, H, S, D] goes in and comes out as Hugging Face's own: dense, in that order, from kernel and twin; no view that autograd
+    forbids to write into."""
+    cos, sin = rope.build_rope_cache(8, 16, device=DEVICE)
+    full = [torch.cat((t, t), -1)[None, :5] for t in (cos, sin)]
+    for apply in (rope.apply_rotary_pos_emb, lambda q, k, *tables: [t.transpose(1, 2) for t in rope.rope_torch(q.transpose(1, 2), k.transpose(1, 2), *tables)]):
+        q, k = randn(2, 4, 5, 16, grad=True), randn(2, 2, 5, 16, grad=True)
+        results = apply(q, k, *full)
+        for x, y in zip((q, k), results):
+            assert y.stride() == x.stride()
+            y *= 0.5
+        torch.cat([y.view(-1, 5, 16) for y in results]).sum().backward()
+    for q in (randn(2, 5, 4, 16), randn(2, 4, 5, 16).transpose(1, 2), randn(2, 5, 9, 16)[:, :, 2:6], randn(4, 5, 16).transpose(0, 1)):
+        kernel, twin = rope.apply_rope(q, None, cos, sin)[0], rope.rope_torch(q, None, cos, sin)[0]
+        assert kernel.stride() == twin.stride()
+        if q.dim() == 4:
+            assert rope.rope_triton(q, q)[0].stride() == rope.rope_pytorch(q, q)[0].stride() == kernel.stride()
+
+
+def test_rope_embedding_tables_serve_every_mode():
+    """Made or grown in inference mode or among fake tensors, or the other way about."""
+    q = randn(1, 5, 1, 16, grad=True)
+    want = rope.apply_rope(q, None, *rope.build_rope_cache(5, 16, device=DEVICE))[0].detach()
+    with torch.inference_mode():
+        inside = rope.RotaryEmbedding(16, 4, device=DEVICE)
+        inside._cos, inside._sin = inside._cos.clone(), inside._sin.clone()  # as a compiled growth leaves them
+        grown = rope.RotaryEmbedding(16, 4, device=DEVICE)
+        grown(q.detach(), None)
+    for module in (inside, grown, rope.RotaryEmbedding(16, 8)):
+        y = module(q, None)[0]
+        y.sum().backward()
+        assert torch.equal(y.detach(), want)
+    if not GPU:  # there a real tensor among fake ones is an error of its own
+        with torch._subclasses.fake_tensor.FakeTensorMode():
+            fake = rope.RotaryEmbedding(16, 8)
+            assert module(torch.empty(1, 5, 1, 16), None)[0].shape == (1, 5, 1, 16)
+        assert torch.equal(fake(q, None)[0], want) and torch.equal(module(q, None)[0], want)
+
+
+def test_rope_takes_numpy_sizes():
+    i, q = pytest.importorskip("numpy").int64, randn(1, 5, 2, 16)
+    cos, sin = rope.build_rope_cache(i(8), i(16), device=DEVICE)
+    assert torch.equal(rope.apply_rope(q, None, cos, sin, rotary_dim=i(16))[0], rope.apply_rope(q, None, cos, sin)[0])
+    rope.RotaryEmbedding(i(16), i(4), device=DEVICE)(q, None, seq_len=i(100))
+    rope.RoPEAttention(i(32), i(4), n_kv_heads=i(2), device=DEVICE)(randn(1, 3, 32))
+    x, w = randn(1, 5, 64), torch.ones(16, device=DEVICE)
+    y = fused_rmsnorm_rope.fused_rmsnorm_rope(x, w, cos, sin, num_heads=i(4))
+    assert torch.equal(fused_rmsnorm_rope.FusedRMSNormRoPE(i(64), i(16), per_head=True, device=DEVICE)(x, cos, sin), y)
+    assert fused_rmsnorm_rope.fused_qk_norm_rope(x, w, w, cos, sin, num_heads=i(2), num_kv_heads=i(1))[0].shape == (1, 5, 2, 16)
+
+
+def test_rope_tables_without_float64_on_the_device(monkeypatch):
+    """Apple's GPUs have none: the angles are the CPU's."""
+    devices, arange = [], torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *args, device=None, **kwargs: (devices.append(device), arange(*args, device="cpu", **kwargs))[1])
+    try:
+        rope.build_rope_cache(4, 16, scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}, device="mps")
+    except (RuntimeError, NotImplementedError):  # the tables go there at the end
+        pass
+    assert len(devices) == 3 and {torch.device(d).type for d in devices} == {"cpu"}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_rope_export_of_any_length(strict):
+    layer = rope.RoPEAttention(8, 1, 0.0, device=DEVICE).eval()
+    lengths = {1: torch.export.Dim("S", min=2, max=4096)}
+    program = torch.export.export(layer, (randn(1, 5, 8),), dynamic_shapes=(lengths,), strict=strict)
+    for S in (7, 3000):
+        x = randn(1, S, 8)
+        torch.testing.assert_close(program.module()(x), layer(x), atol=1e-4, rtol=1e-4)
+
+
+def test_rope_embedding_compiled_while_it_grows():
+    """Not once for each length."""
+    torch._dynamo.reset()
+    from torch._dynamo.testing import CompileCounter
+
+    module, compiled = rope.RotaryEmbedding(16, 8, scaling={"rope_type": "dynamic", "factor": 2.0}, device=DEVICE), CompileCounter()
+    call = torch.compile(module, fullgraph=True, backend=compiled)
+    for longest in range(9, 30):
+        for S in (4, longest):
+            call(randn(1, S, 1, 16), None)
+    assert compiled.frame_count <= 8
+    torch._dynamo.reset()
+
+
 def test_rope_embedding_dynamic_scaling():
     """Frequencies of the tables' length, transformers' own there; the unscaled ones again within the trained length."""
     scaling = {"rope_type": "dynamic", "factor": 2.0}
@@ -1541,6 +1627,20 @@ def _rope_bad(change, q=(2, 5, 4, 16), k=(2, 5, 2, 16), table=(5, 8), **options)
     return call
 
 
+_yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+_llama3 = {**_yarn, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+ERRORS += [
+    ("rope-scaling-nested", lambda: rope.build_rope_cache(4, 16, scaling={"full_attention": _yarn, "sliding_attention": {}}), ValueError, "scaling must be the dict of one kind of layer.*full_attention"),
+    ("rope-scaling-type", lambda: rope.build_rope_cache(4, 16, scaling=2.0), TypeError, "scaling must be a dict or None, got float"),
+    ("rope-scaling-trained", lambda: rope.build_rope_cache(4, 16, scaling=_yarn | {"original_max_position_embeddings": 0}), ValueError, "original_max_position_embeddings must be positive, got 0"),
+    ("rope-scaling-yarn-base", lambda: rope.build_rope_cache(4, 16, 1.0, scaling=_yarn), ValueError, "base must be greater than 1, got 1.0"),
+    ("rope-scaling-llama3", lambda: rope.build_rope_cache(4, 16, scaling=_llama3), ValueError, "low_freq_factor and high_freq_factor must differ, got 1.0"),
+    ("fused-cos-width", lambda: fused_rmsnorm_rope.fused_rmsnorm_rope(randn(2, 5, 64), randn(64), randn(5, 12), randn(5, 12)), ValueError, r"cos must have an even width that divides x's 64, got shape \(5, 12\)"),
+    ("rmsnorm-no-residual", lambda: rmsnorm.rmsnorm_residual_fused(randn(2, 8), None), TypeError, r"residual must be a tensor of x's shape \(2, 8\), got None"),
+    ("swiglu-activation-list", lambda: swiglu.swiglu_fused(randn(2, 8), activation=["silu"]), ValueError, r"activation must be one of .*got \['silu'\]"),
+    ("SwiGLU: ints", lambda: swiglu.SwiGLU(8, 16, device=DEVICE)(randn(2, 8).long()), TypeError, "x must be.*int64"),
+    ("quantize_symmetric: dims", lambda: int8_gemm.quantize_symmetric(randn(4, 6), dim=(0, 1)), ValueError, r"dim must be .*got \(0, 1\)"),
+]  # fmt: skip
 _hf_qk = lambda *shape: (randn(2, 4, 3, 8), randn(*shape), randn(1, 3, 8), randn(1, 3, 8))
 ERRORS += [
     ("rope-hf-q", lambda: rope.apply_rotary_pos_emb(randn(4, 3, 8), *_hf_qk(2, 2, 3, 8)[1:]), ValueError, r"q must be \(B, H, S, D\), got shape \(4, 3, 8\)"),
@@ -2094,10 +2194,10 @@ ERRORS += [
     ("fused-weight-device", _fused_call(weight=torch.empty(16, device="meta")), ValueError, "weight must be on x's device"),
     ("fused-weight-2d", _fused_call(weight=(3, 16)), ValueError, r"weight must be \(H \* D,\) or \(D,\), got shape \(3, 16\)"),
     ("fused-weight-shape", _fused_call(weight=(12,), num_heads=3), ValueError, r"weight must have shape \(48,\) or \(16,\), got \(12,\)"),
-    ("fused-weight-width", _fused_call(weight=(20,)), ValueError, "num_heads must divide x's width 48 into even head_dims, got None: head_dim 20"),
+    ("fused-weight-width", _fused_call(weight=(20,)), ValueError, r"weight must have an even width that divides x's 48, got shape \(20,\)"),
     ("fused-heads", _fused_call(num_heads=5), ValueError, "num_heads must divide x's width 48 into even head_dims, got 5"),
     ("fused-heads-zero", _fused_call(num_heads=0), ValueError, "num_heads must divide .*got 0"),
-    ("fused-cos-scalar", _fused_call(weight=(48,), cos=randn(()), sin=randn(())), ValueError, "num_heads must divide .*head_dim 0"),
+    ("fused-cos-scalar", _fused_call(weight=(48,), cos=randn(()), sin=randn(())), ValueError, r"cos must have an even width that divides x's 48, got shape \(\)"),
     ("fused-no-heads", _fused_call(x=(2, 3, 44), weight=(44,)), ValueError, "num_heads must divide x's width 44 .*got None: head_dim 8"),
     ("fused-odd-head", _fused_call(x=(2, 3, 45), weight=(15,)), ValueError, "num_heads must divide x's width 45 .*head_dim 15"),
     ("fused-cos-width", _fused_call(tables=(3, 24)), ValueError, "cos must be 8 or 16 wide for head_dim 16, got 12"),
@@ -3272,7 +3372,7 @@ ERRORS += [
     ("quantize_weight_per_channel: 1-d", lambda: int8_gemm.quantize_weight_per_channel(randn(3)), ValueError, r"weight must have shape \(N, K\).*3"),
     ("dequantize: floats", lambda: int8_gemm.dequantize(randn(3), randn(1)), TypeError, "quantized must be int8.*float32"),
     ("dequantize: int scale", lambda: int8_gemm.dequantize(randn(3).to(torch.int8), randn(1).int()), TypeError, "scale and dtype.*int32"),
-    ("dequantize: scale shape", lambda: int8_gemm.dequantize(randn(3, 4).to(torch.int8), randn(4)), ValueError, r"scale must broadcast to \(3, 4\).*4, 1"),
+    ("dequantize: scale shape", lambda: int8_gemm.dequantize(randn(3, 4).to(torch.int8), randn(4)), ValueError, r"scale must broadcast to \(3, 4\), got \(4,\)"),
     ("Int8Linear: weight shape", lambda: int8_gemm.Int8Linear(4, 3, device=DEVICE).quantize_weights(randn(4, 3)), ValueError, r"weight must have shape \(3, 4\).*4, 3"),
     ("quantize_model: str", lambda: int8_gemm.quantize_model(nn.Sequential(nn.Linear(4, 4)), "lm_head"), TypeError, "skip must be a sequence.*lm_head"),
     ("quantize_model: Linear", lambda: int8_gemm.quantize_model(nn.Linear(4, 4)), ValueError, "from_linear"),
@@ -3780,6 +3880,87 @@ def test_fp8_linear_cache_sees_steps_of_others():
             assert torch.equal(layer(x), _fp8_fresh(layer, x)) and not torch.equal(layer(x), before), change
 
 
+def test_fp8_linear_cache_sees_fused_steps_of_what_is_frozen_since():
+    """Frozen after the step, or seen through a detached alias only: what stepped is told by its storage."""
+    x = randn(3, 64)
+
+    def frozen_since(layer, other):
+        layer(x).sum().backward()
+        return lambda: layer.requires_grad_(False)
+
+    def an_alias(layer, other):
+        other.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+        other(x)
+        layer(x).sum().backward()
+
+    for change in (frozen_since, an_alias, frozen_since):
+        layer, other = (fp8_gemm.FP8Linear(64, 24, device=DEVICE) for _ in range(2))
+        optimizer = torch.optim.AdamW(layer.parameters(), 0.5, fused=True)
+        with torch.no_grad():
+            layer(x)
+        after = change(layer, other)
+        optimizer.step()
+        optimizer.zero_grad()
+        (after or (lambda: None))()
+        for module in (layer, other):
+            with torch.no_grad():
+                assert torch.equal(module(x), _fp8_fresh(module, x)), change
+
+
+def test_fp8_linear_copies_of_a_parametrized_one():
+    """nn.utils.parametrize copies the whole __dict__: the cache is no part of it."""
+    class Twice(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    x = randn(3, 64)
+    for _ in range(3):
+        layer = fp8_gemm.FP8Linear(64, 24, device=DEVICE)
+        with torch.no_grad():
+            layer(x)
+            nn.utils.parametrize.register_parametrization(layer, "weight", Twice())
+            copied = copy.deepcopy(layer)
+            assert torch.equal(copied(x), layer(x))
+
+
+def test_products_sum_the_gradient_of_a_bias_in_float32():
+    """Of another dtype than x: 4096 rows of 1e-8 are lost in float16."""
+    fp8 = fp8_gemm.FP8Linear(16, 8, bias=True, device=DEVICE)
+    fp8.bias = nn.Parameter(fp8.bias.detach().half())
+    int8 = int8_gemm.Int8Linear(16, 8, bias=True, device=DEVICE, dtype=torch.float16)
+    for layer in (fp8, int8):
+        layer(randn(4096, 16)).backward(torch.full((4096, 8), 1e-8, device=DEVICE))
+        torch.testing.assert_close(layer.bias.grad.float(), torch.full((8,), 4.096e-5, device=DEVICE), rtol=1e-2, atol=0)
+
+
+def test_products_in_the_corners():
+    assert torch.equal(fp8_gemm.FP8Linear(0, 4, True, device=DEVICE)(randn(2, 3, 0)), torch.zeros(2, 3, 4, device=DEVICE))
+    for layer in (fp8_gemm.FP8Linear(4, 8, device=DEVICE), int8_gemm.Int8Linear(4, 8, device=DEVICE)):
+        without = layer(randn(1, 4) * 0)
+        layer.register_parameter("bias", nn.Parameter(torch.ones(8, device=DEVICE)))  # as nn.Linear(bias=False) lets
+        assert torch.equal(layer(randn(1, 4) * 0), without + 1)
+    q, s = int8_gemm.quantize_weight_per_channel(randn(8, 16))
+    scale = s.clone().requires_grad_()
+    int8_gemm.dequantize(q, scale, torch.float32).sum().backward()
+    torch.testing.assert_close(scale.grad, q.float().sum(1))
+    x, w = torch.full((2, 64), 1e37, device=DEVICE, requires_grad=True), torch.full((3, 64), 127, dtype=torch.int8, device=DEVICE)
+    y = int8_gemm.int8_gemm_torch(x, w, torch.full((3,), 1e-6, device=DEVICE), quantize_activations=True)
+    assert torch.equal(y, int8_gemm.int8_gemm(x.detach(), w, torch.full((3,), 1e-6, device=DEVICE), quantize_activations=True))
+    x, s = randn(4, 512), s[:1].expand(8).contiguous()
+    w = torch.randint(-127, 128, (8, 512), dtype=torch.int8, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = int8_gemm.int8_gemm_torch(x, w, s)
+    torch.testing.assert_close(y, int8_gemm.int8_gemm_torch(x, w, s))
+
+
+def test_trace_takes_the_twins():
+    """torch.jit.trace would leave a kernel's launch out."""
+    x, w = randn(3, 16), randn(16)
+    for f in (lambda x: rmsnorm.rmsnorm(x, w), swiglu.swiglu_fused, lambda x: rope.rope_triton(x[None, :, None], x[None, :, None])[0]):
+        traced, other = torch.jit.trace(f, x), randn(3, 16)
+        torch.testing.assert_close(traced(other), f(other))
+
+
 def test_fp8_linear_cache_keeps_nothing_of_a_transform():
     x, layer = randn(3, 64), fp8_gemm.FP8Linear(64, 24, device=DEVICE).requires_grad_(False)
     torch.func.jvp(layer, (x,), (x,))
@@ -4169,18 +4350,18 @@ for _blocks, _promote, _m, _n, _k, _warps, _stages in [
     for _type, _targets in (("fp8e4nv", [90, 100]), ("fp8e4nv", [89, 120]), ("u8", [80, 86, "gfx942"])):
         AOT.append(("fp8_gemm", "_gemm_kernel",
                     {"a_ptr": "*" + _type, "w_ptr": "*" + _type, "y_ptr": "*bf16", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                    {"BLOCKS": _blocks, "PROMOTE": _promote, "IEEE": False, "HAS_BIAS": True, "EVEN_K": True, "BLOCK_M": _m,
+                    {"BLOCKS": _blocks, "PROMOTE": _promote, "IEEE": False, "EVEN_K": True, "BLOCK_M": _m,
                      "BLOCK_N": _n, "BLOCK_K": min(_k, 128) if _type == "u8" else _k, "STAGES": _stages if 90 in _targets else min(_stages, 3)},
                     _warps, _targets, {"num_stages": _stages if 90 in _targets else min(_stages, 3)}))  # fmt: skip
 for _blocks, _m, _stages in [(True, 64, 6), (False, 128, 4), (True, 128, 4), (True, 128, 6)]:  # Hopper, few tiles
     AOT.append(("fp8_gemm", "_gemm_kernel",
                 {"a_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                {"BLOCKS": _blocks, "PROMOTE": True, "IEEE": False, "HAS_BIAS": True, "EVEN_K": True, "BLOCK_M": _m, "BLOCK_N": 64,
+                {"BLOCKS": _blocks, "PROMOTE": True, "IEEE": False, "EVEN_K": True, "BLOCK_M": _m, "BLOCK_N": 64,
                  "BLOCK_K": 128, "STAGES": _stages}, 4, [90], {"num_stages": _stages}))  # fmt: skip
 for _m in (16, 32):
     AOT.append(("fp8_gemm", "_gemm_kernel",
                 {"a_ptr": "*u8", "w_ptr": "*u8", "y_ptr": "*fp16", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                {"BLOCKS": False, "PROMOTE": False, "IEEE": True, "HAS_BIAS": True, "EVEN_K": True, "BLOCK_M": _m, "BLOCK_N": 64,
+                {"BLOCKS": False, "PROMOTE": False, "IEEE": True, "EVEN_K": True, "BLOCK_M": _m, "BLOCK_N": 64,
                  "BLOCK_K": 32, "STAGES": 2}, 4, [75], {"num_stages": 2}))  # fmt: skip
 for _blocks, _promote, _m, _n, _warps, _stages in [
     (False, False, 128, 256, 8, 4), (False, False, 128, 128, 4, 6), (False, False, 64, 128, 4, 7), (False, True, 128, 128, 4, 3),
@@ -4190,7 +4371,7 @@ for _blocks, _promote, _m, _n, _warps, _stages in [
     AOT.append(("fp8_gemm", "_gemm_tma_kernel",
                 {"a_desc": f"tensordesc<fp8e4nv[{_rows},128]>", "w_desc": f"tensordesc<fp8e4nv[{_n},128]>",
                  "y_desc": f"tensordesc<bf16[{_rows},{_n // 2}]>"} | _fp8_pointers | _fp8_scales,
-                {"BLOCKS": _blocks, "PROMOTE": _promote, "HAS_BIAS": True, "BLOCK_M": _m, "BLOCK_N": _n, "BLOCK_K": 128},
+                {"BLOCKS": _blocks, "PROMOTE": _promote, "BLOCK_M": _m, "BLOCK_N": _n, "BLOCK_K": 128},
                 _warps, [90], {"num_stages": _stages}))  # fmt: skip
 for _blocks, _groups, _stages, _out in [
     (False, 2, 6, "fp32"), (False, 3, 5, "bf16"), (True, 2, 6, "bf16"), (True, 2, 5, "fp32"), (True, 3, 4, "bf16"),
@@ -4205,10 +4386,10 @@ for _blocks in (False, True):
     for _type, _targets in (("fp8e4nv", [89, 90, 100, 120]), ("u8", [75, 80, 86, "gfx942"])):
         AOT.append(("fp8_gemm", "_gemv_kernel",
                     {"a_ptr": "*" + _type, "w_ptr": "*" + _type, "y_ptr": "*fp16", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                    {"BLOCKS": _blocks, "HAS_BIAS": True, "ROW": 0, "BLOCK_N": 4, "BLOCK_K": 2048}, 4, _targets, {"num_stages": 3}))  # fmt: skip
+                    {"BLOCKS": _blocks, "ROW": 0, "BLOCK_N": 4, "BLOCK_K": 2048}, 4, _targets, {"num_stages": 3}))  # fmt: skip
     AOT.append(("fp8_gemm", "_gemv_kernel",
                 {"a_ptr": "*bf16", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                {"a_scale_ptr": None, "BLOCKS": _blocks, "HAS_BIAS": True, "ROW": 16384, "BLOCK_N": 8 if _blocks else 4,
+                {"a_scale_ptr": None, "BLOCKS": _blocks, "ROW": 16384, "BLOCK_N": 8 if _blocks else 4,
                  "BLOCK_K": 1024 if _blocks else 2048}, 4, [89, 90], {}))  # fmt: skip
 _fp8_x = {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
 for _kernel, _signature, _constants, _warps in [
