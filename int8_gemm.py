@@ -807,7 +807,7 @@ def _int8_gemm_groups(x, weight, scale, bias, y, sms):
         scale, scale if bias is None else bias,
     )  # fmt: skip
     stages = (232000 - 4096 * groups * out.element_size()) // (128 * (block_m + more_m) + 4096 * groups)
-    scalars = M, N, K, parts, bias is not None, parts == 1, groups, block_m, more_m, stages
+    scalars = M, N, K, parts, parts == 1 and bias is not None, parts == 1, groups, block_m, more_m, stages
     programs = min(sms, x.shape[0] // (block_m + more_m) * -(-N // (64 * groups)) * parts)
     _enqueue(_gemm_groups_kernel, programs, tensors, scalars, num_warps=4)
     if parts > 1:

@@ -61,8 +61,10 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
     least = 4 if kind == "dynamic" else 2
     if dim < least or dim % 2:
         raise ValueError(f"head_dim must be an even number, {least} at least, got {dim}")
-    if not base > (least := 1 if kind == "yarn" else 0):
-        raise ValueError(f"base must be greater than {least}, got {base}")
+    if not base > 0:
+        raise ValueError(f"base must be positive, got {base}")
+    if kind == "yarn" and not base > 1:
+        raise ValueError(f"base must be greater than 1 for yarn, got {base}")
     if kind == "dynamic" and seq_len > trained:
         base = base * (factor * seq_len / trained - (factor - 1)) ** (dim / (dim - 2))
     inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)

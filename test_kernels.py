@@ -1633,7 +1633,7 @@ ERRORS += [
     ("rope-scaling-nested", lambda: rope.build_rope_cache(4, 16, scaling={"full_attention": _yarn, "sliding_attention": {}}), ValueError, "scaling must be the dict of one kind of layer.*full_attention"),
     ("rope-scaling-type", lambda: rope.build_rope_cache(4, 16, scaling=2.0), TypeError, "scaling must be a dict or None, got float"),
     ("rope-scaling-trained", lambda: rope.build_rope_cache(4, 16, scaling=_yarn | {"original_max_position_embeddings": 0}), ValueError, "original_max_position_embeddings must be positive, got 0"),
-    ("rope-scaling-yarn-base", lambda: rope.build_rope_cache(4, 16, 1.0, scaling=_yarn), ValueError, "base must be greater than 1, got 1.0"),
+    ("rope-scaling-yarn-base", lambda: rope.build_rope_cache(4, 16, 1.0, scaling=_yarn), ValueError, "base must be greater than 1 for yarn, got 1.0"),
     ("rope-scaling-llama3", lambda: rope.build_rope_cache(4, 16, scaling=_llama3), ValueError, "low_freq_factor and high_freq_factor must differ, got 1.0"),
     ("fused-cos-width", lambda: fused_rmsnorm_rope.fused_rmsnorm_rope(randn(2, 5, 64), randn(64), randn(5, 12), randn(5, 12)), ValueError, r"cos must have an even width that divides x's 64, got shape \(5, 12\)"),
     ("rmsnorm-no-residual", lambda: rmsnorm.rmsnorm_residual_fused(randn(2, 8), None), TypeError, r"residual must be a tensor of x's shape \(2, 8\), got None"),
@@ -2198,8 +2198,8 @@ ERRORS += [
     ("fused-heads", _fused_call(num_heads=5), ValueError, "num_heads must divide x's width 48 into even head_dims, got 5"),
     ("fused-heads-zero", _fused_call(num_heads=0), ValueError, "num_heads must divide .*got 0"),
     ("fused-cos-scalar", _fused_call(weight=(48,), cos=randn(()), sin=randn(())), ValueError, r"cos must have an even width that divides x's 48, got shape \(\)"),
-    ("fused-no-heads", _fused_call(x=(2, 3, 44), weight=(44,)), ValueError, "num_heads must divide x's width 44 .*got None: head_dim 8"),
-    ("fused-odd-head", _fused_call(x=(2, 3, 45), weight=(15,)), ValueError, "num_heads must divide x's width 45 .*head_dim 15"),
+    ("fused-no-heads", _fused_call(x=(2, 3, 44), weight=(44,)), ValueError, r"cos must have an even width that divides x's 44, got shape \(3, 8\)"),
+    ("fused-odd-head", _fused_call(x=(2, 3, 45), weight=(15,)), ValueError, r"weight must have an even width that divides x's 45, got shape \(15,\)"),
     ("fused-cos-width", _fused_call(tables=(3, 24)), ValueError, "cos must be 8 or 16 wide for head_dim 16, got 12"),
     ("fused-cos-rows", _fused_call(tables=(2, 16)), ValueError, "cos must have at least 3 rows, .* got 2"),
     ("fused-cos-dims", _fused_call(cos=randn(8)), ValueError, r"cos must be .*\(S, W\).*got shape \(8,\)"),
@@ -6817,7 +6817,7 @@ def trust_every_kernel(op):
     elif op == "int8_gemm":
         w, s = int8_gemm.quantize_weight_per_channel(randn(96, 512))
         int8_gemm.quantize_symmetric(randn(5, 70))
-        for M in (1, 8, 20, 70, 140, 300, 1100) if GPU else (1, 8, 40):
+        for M in (1, 8, 20, 70, 140, 300, 1600) if GPU else (1, 8, 40):
             for dtype in (low, torch.float32) if GPU else (low,):
                 for w8a8 in (False, True):
                     both(int8_gemm.int8_gemm, randn(M, 512, dtype=dtype, grad=True), w, s, randn(96, dtype=half), quantize_activations=w8a8)
