@@ -6821,6 +6821,10 @@ def trust_every_kernel(op):
             for dtype in (low, torch.float32) if GPU else (low,):
                 for w8a8 in (False, True):
                     both(int8_gemm.int8_gemm, randn(M, 512, dtype=dtype, grad=True), w, s, randn(96, dtype=half), quantize_activations=w8a8)
+        with pytest.MonkeyPatch.context() as patch:
+            for tile in ((256, 64, 2, 1), (128, 64, 3, 2)) if GPU else ():  # which the rule takes of larger products
+                patch.setattr(int8_gemm, "_groups_rule", lambda *sizes, tile=tile: tile)
+                int8_gemm.int8_gemm(randn(330, 512, dtype=low), w, s, randn(96, dtype=half))
     else:
         for granularity in ("tensor", "row", "block"):
             fp8_gemm._quantize_fp8_triton(randn(5, 70), granularity)
