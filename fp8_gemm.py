@@ -647,7 +647,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     """a (M, K), b (K, N) in fp8, none empty, on the current device. One row of a may be float and have no scale: it is
     quantised as it is read. widen: as GPUs without fp8 tensor cores do."""
     (M, K), N = a.shape, b.shape[1]
-    y = torch.empty(M, N, dtype=dtype, device=a.device)
+    y = a.new_empty(M, N, dtype=dtype)
     a, b = a if a.stride(1) == 1 else a.contiguous(), b if b.stride(0) == 1 else b.t().contiguous().t()
     bias = bias if bias is None else bias.contiguous()
     capability, sms = _gpu(a)

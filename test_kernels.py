@@ -1505,11 +1505,10 @@ def test_rope_tables_without_float64_on_the_device(monkeypatch):
     assert len(devices) == 3 and {torch.device(d).type for d in devices} == {"cpu"}
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_rope_export_of_any_length(strict):
+def test_rope_export_of_any_length():
     layer = rope.RoPEAttention(8, 1, 0.0, device=DEVICE).eval()
     lengths = {1: torch.export.Dim("S", min=2, max=4096)}
-    program = torch.export.export(layer, (randn(1, 5, 8),), dynamic_shapes=(lengths,), strict=strict)
+    program = torch.export.export(layer, (randn(1, 5, 8),), dynamic_shapes=(lengths,), strict=False)
     for S in (7, 3000):
         x = randn(1, S, 8)
         torch.testing.assert_close(program.module()(x), layer(x), atol=1e-4, rtol=1e-4)
