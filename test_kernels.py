@@ -515,8 +515,8 @@ if GPU:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", NORM_CASES)
+@pytest.mark.parametrize("case, dtype", [(c, d) for c in NORM_CASES for i, d in enumerate(DTYPES)
+                                         if GPU or not c.startswith("long") or i == len(c) % 3])  # the interpreter takes seconds: one each  # fmt: skip
 def test_rmsnorm(case, dtype):
     if not GPU and dtype == torch.bfloat16 and "llama" in case:
         pytest.skip("the interpreter truncates to bfloat16 where this rounds; float16 stands for it")
@@ -1948,7 +1948,7 @@ def test_fused_positions_outside_the_tables_give_nan(index):
 def test_fused_same_row_same_bits(dtype):
     cos, sin = _rope_tables(9, 16)
     fused = fused_rmsnorm_rope.fused_rmsnorm_rope
-    for H in (3, 4, 150):
+    for H in (3, 4, 150) if GPU or dtype == torch.float16 else (3, 4):  # 150: seconds in the interpreter
         x, whole, head = randn(3, 9, H * 16, dtype=dtype), randn(H * 16, dtype=dtype), randn(16, dtype=dtype)
         for weight in (whole, head):
             y = fused(x, weight, cos, sin, num_heads=H)
@@ -2847,7 +2847,7 @@ def test_int8_gemm_groups(tile, monkeypatch):
         w, s = _int8_weight(N, K)
         for parts in (1, 2, 3, 4):
             monkeypatch.setattr(int8_gemm, "_groups_rule", lambda *sizes, parts=parts: (*tile, parts))
-            for dtype, b in ((torch.bfloat16, randn(N)), (torch.float16, randn(N, dtype=torch.float16)), (torch.bfloat16, None)):
+            for dtype, b in ((torch.bfloat16, randn(N)), (torch.float16, None)):
                 x = randn(M, K + 3, dtype=dtype)[:, :K]
                 check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, x, w, s, b)
                 y = int8_gemm.int8_gemm(x, w, s, b)
