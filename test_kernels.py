@@ -1467,7 +1467,7 @@ def test_rope_embedding_tables_serve_every_mode():
     q = randn(1, 5, 1, 16, grad=True)
     want = rope.apply_rope(q, None, *rope.build_rope_cache(5, 16, device=DEVICE))[0].detach()
     with torch.inference_mode():
-        inside = rope.RotaryEmbedding(16, 4, device=DEVICE)
+        inside = rope.RotaryEmbedding(16, 8, device=DEVICE)
         inside._cos, inside._sin = inside._cos.clone(), inside._sin.clone()  # as a compiled growth leaves them
         grown = rope.RotaryEmbedding(16, 4, device=DEVICE)
         grown(q.detach(), None)

@@ -117,6 +117,11 @@ MUTATIONS = [
     ("fp8: bias gets no gradient from an inference layer", "fp8_gemm.py", "        if ctx.needs_input_grad[2]:\n", "        if ctx.needs_input_grad[1]:\n",
      "test_fp8_linear or test_trust_fp8"),
     ("fp8: torch.compile takes inputs for written", "fp8_gemm.py", "is_pure=True", "is_pure=False", "test_ahead_of_time_writes"),
+    ("fp8: a fused optimizer's steps not seen", "fp8_gemm.py", "state += (_steps_of(storage),)", "state += (0,)", "test_fp8_linear_cache"),
+    ("fp8: the cache goes along with a copy", "fp8_gemm.py", "        return type(None), ()\n", "        return tuple, (tuple(self),)\n", "test_fp8_linear_copies"),
+    ("rope: results as transposed views", "rope.py", "return x.new_empty_strided(x.shape, (H * S * D, D, S * D, 1)[-x.dim() :])",
+     "return _dense_like(x.transpose(-3, -2), '').transpose(-3, -2)", "test_rope_results"),
+    ("rope: tables of inference mode kept", "rope.py", "unfit = eager and (self._cos.is_inference() or", "unfit = eager and (", "test_rope_embedding_tables"),
     # ---- device.py
     ("device: fp8 from 8.0 on", "device.py", "(8, 9)", "(8, 0)", "test_device"),
     # ---- what takes two devices or streams, or much memory
