@@ -757,12 +757,15 @@ def _parts(tiles: int, M: int, N: int, K: int, w8a8: bool, sms: int) -> int:
     """How many programs share a tile, so that each SM has two; their sums are then added up."""
     # us at (14336, 4096), M = 32, 64, 128, 256: 27, 29, 40, 67 (bf16 40, 42, 43, 50). In eight parts (8192, 1024), M =
     # 32, 100, 192: 9.7, 14.3, 18.7, in four 12.8, 18.4, 26.0. In three (13824, 5120), M = 32, 64: 31.6, 33.8, in two
-    # 43.9, 43.6 (W8A8 the same). W8A8, whole, (2304, 1024), M = 192, 512: 9.3, 10.3, in four 10.2, 12.3
+    # 43.9, 43.6 (W8A8 the same). In four, as three programs of 32 rows fit on an SM, (4096, 6144), M = 32: 14.9, in two
+    # 17.1. W8A8, whole, (2304, 1024), M = 192, 512: 9.3, 10.3, in four 10.2, 12.3
     if N > 64 * sms or tiles > sms or (w8a8 and (K < 1024 or M * N > 75 * K)):
         return 1
     if not w8a8 and 4 * tiles <= sms and M <= 192 and K >= 1024 and M * N <= 100 * K:
         return 8
-    return 4 if 2 * tiles <= sms else 3 if 3 * tiles <= 2 * sms and not w8a8 else 2
+    if not w8a8 and sms < 2 * tiles:
+        return 3 if 3 * tiles <= 2 * sms else 4 if 4 * tiles <= 3 * sms and M <= 32 else 2
+    return 4 if 2 * tiles <= sms else 2
 
 
 @functools.cache
