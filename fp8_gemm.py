@@ -893,7 +893,7 @@ def _count_step(optimizer, args, kwargs):
 
 
 class _Cache(tuple):
-    """Copied or pickled it is None: nn.utils.parametrize copies a module's whole __dict__."""
+    """Copied or pickled with its module it is None."""
 
     def __reduce__(self):
         return type(None), ()
@@ -976,9 +976,6 @@ class FP8Linear(nn.Module):
             for t in cache[2]:
                 t.record_stream(stream)
         return cache[2]
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_cache"}
 
     def __setattr__(self, name, value):
         if name == "weight":  # FSDP2 refills the gathered weight without a trace, but sets it anew each time
