@@ -757,8 +757,8 @@ def _parts(tiles: int, M: int, N: int, K: int, w8a8: bool, sms: int) -> int:
     """How many programs share a tile, so that each SM has two; their sums are then added up."""
     # us at (14336, 4096), M = 32, 64, 128, 256: 27, 29, 40, 67 (bf16 40, 42, 43, 50). In eight parts (8192, 1024), M =
     # 32, 100, 192: 9.7, 14.3, 18.7, in four 12.8, 18.4, 26.0. In three (13824, 5120), M = 32, 64: 31.6, 33.8, in two
-    # 43.9, 43.6 (W8A8 the same). In four, as three programs of 32 rows fit on an SM, (4096, 6144), M = 32: 14.9, in two
-    # 17.1. W8A8, whole, (2304, 1024), M = 192, 512: 9.3, 10.3, in four 10.2, 12.3
+    # 43.9, 43.6 (W8A8 gains nothing). In four, as three programs of 32 rows fit on an SM, (4096, 6144), M = 32: 14.9,
+    # in two 17.1. W8A8, whole, (2304, 1024), M = 192, 512: 9.3, 10.3, in four 10.2, 12.3
     if N > 64 * sms or tiles > sms or (w8a8 and (K < 1024 or M * N > 75 * K)):
         return 1
     if not w8a8 and 4 * tiles <= sms and M <= 192 and K >= 1024 and M * N <= 100 * K:
@@ -770,7 +770,7 @@ def _parts(tiles: int, M: int, N: int, K: int, w8a8: bool, sms: int) -> int:
 
 @functools.cache
 def _groups_rule(M: int, N: int, K: int, sms: int) -> tuple[int, int, int, int]:
-    """BLOCK_M, MORE_M, GROUPS and parts of K: the tile that takes least. In 88 products, M = 100 to 1024, within 2 % of
+    """BLOCK_M, MORE_M, GROUPS and parts of K: the tile that takes least. In 93 products, M = 100 to 1024, within 2 % of
     the best."""
     least, tiles_ns = None, (  # the tile, what 64 of K and what its end take (H200)
         ((256, 0, 2), 640, 3100), ((128, 0, 2), 360, 2500), ((128, 0, 3), 500, 2300),
@@ -794,9 +794,9 @@ def _layout(swizzle: int, bits: int):
 
 def _int8_gemm_groups(x, weight, scale, bias, y, sms):
     """Fills y. x in 16 bits, on Hopper."""
-    # us by this and by the other kernels (H200), (4096, 14336), M = 128, 192, 256, 320, 640, 2048: 32, 39, 48, 59, 114,
-    # 320 and 41, 50, 59, 98, 156, 344 (bf16 39, 40, 46, 58, 104, 305). Without the 64 more rows 47 at M = 192, 75 at
-    # 320. From N / 4 rows on, to put x in order takes as long as to widen the weight; up to 1536 this is faster all the
+    # us by this and by the other kernels (H200), (4096, 14336), M = 128, 256, 640, 2048: 32, 48, 114, 320 and 41, 59,
+    # 156, 344 (bf16 39, 46, 104, 305); M = 192, 320 with the 64 more rows 39, 59, without 47, 75 (bf16 40, 58). From
+    # N / 4 rows on, to put x in order takes as long as to widen the weight; up to 1536 this is faster all the
     # same: (14336, 4096), M = 1100, 1536: 185, 255 and not 271, 271; in 35 products that limit is 1.3 % off the best
     (M, K), N = x.shape, weight.shape[0]
     block_m, more_m, groups, parts = _groups_rule(M, N, K, sms)

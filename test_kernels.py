@@ -1482,6 +1482,27 @@ def test_rope_embedding_tables_serve_every_mode():
         assert torch.equal(fake(q, None)[0], want) and torch.equal(module(q, None)[0], want)
 
 
+def test_rope_attention_takes_a_mask_in_autocasts_dtype():
+    layer, x = rope.RoPEAttention(32, 4, 0.0, device=DEVICE).eval(), randn(1, 5, 32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = layer(x, torch.zeros(5, 5, dtype=torch.bfloat16, device=DEVICE))
+        torch.testing.assert_close(y, layer(x), atol=2e-2, rtol=2e-2)
+    with pytest.raises(TypeError, match="mask must be"):
+        layer(x, torch.zeros(5, 5, dtype=torch.bfloat16, device=DEVICE))
+
+
+def test_fused_qk_norm_rope_leaves_v_as_it_is_under_autocast(monkeypatch):
+    """Where autocast takes F.rms_norm to float32, as newer releases do on CUDA: q and k follow, v stays a view of qkv."""
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape: x.float())
+    qkv, w = randn(1, 5, 64, dtype=torch.bfloat16, grad=True), torch.ones(16, device=DEVICE)
+    cos, sin = rope.build_rope_cache(5, 16, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        q, k, v = fused_rmsnorm_rope.fused_qk_norm_rope(qkv, w, w, cos, sin, num_heads=2, num_kv_heads=1)
+    assert q.dtype == k.dtype == torch.float32 and v.dtype == torch.bfloat16 and v.data_ptr() == qkv[..., 48:].data_ptr()
+    (q.sum() + k.sum() + v.float().sum()).backward()
+    assert torch.equal(qkv.grad[..., 48:], torch.ones_like(v).flatten(2)) and qkv.grad[..., :48].any()
+
+
 def test_rope_takes_numpy_sizes():
     i, q = pytest.importorskip("numpy").int64, randn(1, 5, 2, 16)
     cos, sin = rope.build_rope_cache(i(8), i(16), device=DEVICE)
@@ -1635,6 +1656,8 @@ ERRORS += [
     ("rope-scaling-yarn-base", lambda: rope.build_rope_cache(4, 16, 1.0, scaling=_yarn), ValueError, "base must be greater than 1 for yarn, got 1.0"),
     ("rope-scaling-llama3", lambda: rope.build_rope_cache(4, 16, scaling=_llama3), ValueError, "low_freq_factor and high_freq_factor must differ, got 1.0"),
     ("fused-cos-width", lambda: fused_rmsnorm_rope.fused_rmsnorm_rope(randn(2, 5, 64), randn(64), randn(5, 12), randn(5, 12)), ValueError, r"cos must have an even width that divides x's 64, got shape \(5, 12\)"),
+    ("fused-module-width", lambda: fused_rmsnorm_rope.FusedRMSNormRoPE(0, 16), ValueError, "head_dim must be even and divide hidden_dim 0, got 16"),
+    ("fused-module-scalar", lambda: fused_rmsnorm_rope.FusedRMSNormRoPE(64, 16, device=DEVICE)(randn(()), randn(1, 8), randn(1, 8)), ValueError, r"x must be \(B, S, 64\), got shape \(\)"),
     ("rmsnorm-no-residual", lambda: rmsnorm.rmsnorm_residual_fused(randn(2, 8), None), TypeError, r"residual must be a tensor of x's shape \(2, 8\), got None"),
     ("swiglu-activation-list", lambda: swiglu.swiglu_fused(randn(2, 8), activation=["silu"]), ValueError, r"activation must be one of .*got \['silu'\]"),
     ("SwiGLU: ints", lambda: swiglu.SwiGLU(8, 16, device=DEVICE)(randn(2, 8).long()), TypeError, "x must be.*int64"),
@@ -2873,6 +2896,17 @@ def test_int8_gemm_groups_rule():
             (384, 14336, 4096): (128, 64, 2, 1), (640, 14336, 4096): (128, 0, 3, 1), (960, 14336, 4096): (128, 64, 3, 1), (2048, 14336, 4096): (256, 0, 2, 1),
             (128, 4096, 14336): (128, 0, 2, 4), (256, 4096, 14336): (128, 0, 3, 3), (320, 4096, 14336): (256, 64, 2, 4), (384, 4096, 14336): (128, 64, 2, 2)}  # fmt: skip
     assert {sizes: int8_gemm._groups_rule(*sizes, 132) for sizes in best} == best
+
+
+def test_int8_gemm_parts(monkeypatch):
+    """The divisions of K that the rule takes, some of which no small product asks for."""
+    rule = lambda N, M, w8a8=False: int8_gemm._parts(-(-N // 64), M, N, 8192, w8a8, 132)
+    assert [rule(4096, 32), rule(5120, 64), rule(6144, 32), rule(6144, 64), rule(8192, 32)] == [4, 3, 4, 2, 2] and rule(5120, 64, True) == 2
+    w, s = _int8_weight(40, 1100)
+    for parts in (2, 3, 4, 8):
+        monkeypatch.setattr(int8_gemm, "_parts", lambda *sizes, parts=parts: parts)
+        for w8a8 in (False, True):
+            check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(20, 1100, dtype=torch.float16), w, s, randn(40), quantize_activations=w8a8)
 
 
 @needs_groups
