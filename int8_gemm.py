@@ -63,14 +63,12 @@ def int8_gemm_torch(
         with torch.autocast(x.device.type, enabled=False):
             return int8_gemm_torch(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = (x.to(wide) @ weight_int8.to(wide).T) * scale.to(wide)
+    # in W8A8 its values are 0, and its gradient is what passes straight through round
+    straight = torch.where(x.isfinite(), x - x.detach(), 0.0) if quantize_activations else x
+    y = (straight.to(wide) @ weight_int8.to(wide).T) * scale.to(wide)
     if quantize_activations:
         xq, x_scale = quantize_symmetric_torch(x, dim=-1)
-        exact = (xq.double() @ weight_int8.double().T).to(wide) * x_scale * scale  # float64 holds any such sum
-        forward_mode = not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
-        if y.requires_grad or forward_mode:  # the gradient passes straight through round
-            exact = exact + torch.where(y.isfinite(), y - y.detach(), 0.0)
-        y = exact
+        y = y + (xq.double() @ weight_int8.double().T).to(wide) * x_scale * scale  # float64 holds any such sum
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(x.dtype)

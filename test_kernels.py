@@ -5783,8 +5783,8 @@ def fuzz_int8_gemm(d):
     def truth(x, w, s, b, **kw):
         if w8a8:  # by the twin's int8 numbers, which the quantiser's own case holds
             q, sx = int8_gemm.quantize_symmetric_torch(x.detach().to(dtype), dim=-1)
-            straight = x @ (w.double() * s[:, None]).T
-            y = (q.double() @ w.double().T) * sx.double() * s + (straight - straight.detach()).nan_to_num(0.0)
+            straight = torch.where(x.isfinite(), x - x.detach(), 0.0) @ (w.double() * s[:, None]).T
+            y = (q.double() @ w.double().T) * sx.double() * s + straight
             return y if b is None else y + b
         return int8_gemm.int8_gemm_torch(x, w, s, b)
 
@@ -5793,6 +5793,8 @@ def fuzz_int8_gemm(d):
         out = a[0].abs() @ wide.T + (0.0 if b is None else a[3].abs())
         out = torch.where(a[0].abs() @ a[1].double().abs().T < FUZZ_HUGE, out, math.inf)  # the weight's scale comes after the sum
         dx, db = (c[0].abs() @ wide, c[0].abs().reshape(-1, N).sum(0)) if c else (None, None)
+        if c and w8a8:  # to what isn't finite itself the twin passes none
+            dx = torch.where(a[0].isfinite(), dx, math.inf)
         return out, dx, None, None, db
 
     rows = x.numel() // K
