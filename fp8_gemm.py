@@ -662,12 +662,18 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     if widen:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     if M == 1:
-        # us at 4096 x 14336, 14336 x 4096, 4096 x 4096 (H200): 18.9, 18.1, 7.5 (floors 13.4, 13.4, 3.8); with the
-        # quantisation 20.6, 20.1, 8.4, in a launch of its own 20.3, 20.1, 9.0
+        # us at 4096 x 14336, 14336 x 4096, 4096 x 4096 (H200): 19.0, 18.2, 7.5 (to read b takes 17.0, 16.6, 6.6); with
+        # the quantisation 19.7, 20.2, 8.4, in a launch of its own 20.3, 20.1, 9.0. With 4 columns of b a program there
+        # would be more programs than the SMs hold at once: 27648 x 5120, 16384 x 6144 40.9, 28.8, so 47.8, 32.7
         row = 1 << (K - 1).bit_length() if quantize else 0
-        block_n, block_k = (8, 1024) if quantize and blocks else (4, 2048)
+        many = N > 32 * sms and capability < (12, 0)  # for sm_120 Triton 3.9 would spill 40 bytes of the larger blocks
+        block_n, block_k, warps = 4, 2048, 4
+        if quantize and blocks or (many and N <= 72 * sms):
+            block_n, block_k = 8, 1024
+        if many and (K < 3072 or (quantize and N > 72 * sms and K <= 6144)) and not (quantize and blocks):
+            block_n, block_k, warps = 8, 512, 2  # 2560 x 9728 9.7, with the quantisation 10.5; else 11.6, 14.2
         scalars = N, K, b.stride(1), *strides[1:], blocks, row, block_n, block_k
-        _enqueue(_gemv_kernel, -(-N // block_n), (a, b, a_scale, b_scale, bias, y), scalars, num_warps=4)
+        _enqueue(_gemv_kernel, -(-N // block_n), (a, b, a_scale, b_scale, bias, y), scalars, num_warps=warps)
         return y
     rows = _rule_rows(M)
     on_hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms

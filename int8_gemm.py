@@ -661,11 +661,17 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     x, x_scale = _quantize_rows(x) if w8a8 else (x, None)
     capability, sms = _gpu(x)
     if M == 1:
-        # us, H200, (4096, 14336), (14336, 4096), (4096, 4096): 20.1, 19.8, 8.4 (bf16 38, 39, 16); W8A8 20.6, 21.8, 10
-        # with the quantiser's 1.8. At (2560, 18944) 17.9, with steps of 1024 20.4
-        block_n, block_k, warps = (4, 1024, 4) if K % 1024 == 0 or K > 8192 else (4, 512, 2)
-        if N <= 16 * sms:  # more programs: (4864, 896), (8192, 1024), (1536, 256) 5.0, 6.2, 2.4, else 8.4, 7.9, 3.3
+        # us, H200, (4096, 14336), (14336, 4096), (4096, 4096): 19.1, 19.3, 7.9 (bf16 38, 39, 16; to read the weight takes
+        # 17.0, 16.6, 6.6). As many programs as the SMs hold at once, where they can: (16384, 6144), (8192, 8192), (4096,
+        # 11008) 29.7, 20.8, 15.6, by 4 channels and 1024 columns 35.3, 22.2, 17.2
+        if N <= 20 * sms:
             block_n, block_k, warps = 2, 2048, 4
+        elif K % 1024 and K <= 8192:
+            block_n, block_k, warps = 4, 512, 2
+        elif N <= 40 * sms or N > 144 * sms or (w8a8 and K % 1024):  # W8A8, (29568, 8192): 72, with 8 channels 83
+            block_n, block_k, warps = 4, 1024, 4
+        else:
+            block_n, block_k, warps = (8, 1024, 4) if N <= 72 * sms else (8, 512, 2)
         scalars = N, K, weight.stride(0), bool(K % block_k == 0), block_n, block_k
         _enqueue(_one_row_kernel, -(-N // block_n), (x, weight, x_scale, scale, bias, y), scalars, num_warps=warps)
         return y

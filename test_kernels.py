@@ -2909,6 +2909,16 @@ def test_int8_gemm_parts(monkeypatch):
             check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(20, 1100, dtype=torch.float16), w, s, randn(40), quantize_activations=w8a8)
 
 
+@pytest.mark.parametrize("quantize_activations", [False, True])
+def test_int8_gemm_one_row(monkeypatch, quantize_activations):
+    """Every launch of one row: to one SM a few channels are many."""
+    monkeypatch.setattr(int8_gemm, "_gpu", lambda x: ((8, 0), 1))
+    for N, K in [(19, 1100), (33, 1024), (60, 1024), (61, 640), (70, 9000), (130, 1024), (150, 2048)]:
+        w, s = _int8_weight(N, K)
+        check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(1, K, dtype=torch.float16), w, s, randn(N),
+              quantize_activations=quantize_activations)  # fmt: skip
+
+
 @needs_groups
 def test_int8_gemm_without_groups(monkeypatch):
     """Hopper's products with Triton's releases before 3.6, and under torch.compile."""
@@ -3491,7 +3501,7 @@ def _int8_aot(kernel, constexprs, warps, targets=None, stages=None, **types):
 
 
 for _type in ("*bf16", "*fp32", "*i8"):
-    for _even, _block_n, _block_k, _warps in [(True, 4, 1024, 4), (False, 4, 512, 2), (False, 2, 2048, 4)]:
+    for _even, _block_n, _block_k, _warps in [(True, 8, 1024, 4), (False, 8, 512, 2), (False, 2, 2048, 4)]:
         _int8_aot("_one_row_kernel", dict(EVEN_K=_even, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (75, 80, 90, 100, "gfx942"), x_ptr=_type)
 _int8_tile = dict(more_x_ptr=None, IEEE=False, PERMUTED=0, EVEN_K=True, FEW=False, SPLIT=1, MORE_M=0)
 for _type, _blocks, _warps, _stages, _targets in [
@@ -4081,9 +4091,13 @@ def test_fp8_linear_cache_is_never_stale():
 
 
 @needs_gpu  # the interpreter rounds to fp8 wrongly
+@pytest.mark.parametrize("sms", [1, 132])  # to one SM a few channels are many: other launches
 @pytest.mark.parametrize("granularity", RECIPES)
-def test_fp8_linear_one_row_is_quantised_in_the_product(granularity):
-    for N, K, dtype in [(33, 1000, torch.float16), (130, 16384, torch.float32), (40, 1 if granularity == "block" else 16385, torch.bfloat16)]:
+def test_fp8_linear_one_row_is_quantised_in_the_product(monkeypatch, granularity, sms):
+    capability = torch.cuda.get_device_capability()
+    monkeypatch.setattr(fp8_gemm, "_gpu", lambda x: (capability, sms))
+    for N, K, dtype in [(33, 1000, torch.float16), (130, 16384, torch.float32), (131, 5000, torch.float16),
+                        (40, 1 if granularity == "block" else 16385, torch.bfloat16)]:  # fmt: skip
         weight, bias = randn(N, K, dtype=dtype), randn(N, dtype=dtype)
         q, s = fp8_gemm.quantize_fp8(weight, "block2d" if granularity == "block" else granularity)
         for x in (randn(1, K, dtype=dtype), randn(1, 2 * K, dtype=dtype)[:, ::2], torch.zeros(1, K, device=DEVICE, dtype=dtype)):
@@ -4091,6 +4105,9 @@ def test_fp8_linear_one_row_is_quantised_in_the_product(granularity):
                 y = fp8_gemm._linear(x, q.t(), s.t(), bias, granularity)
             a, sa = fp8_gemm.quantize_fp8(x, granularity)
             truth = fp8_gemm.fp8_gemm_torch(a, q.t(), sa, s.t(), torch.float64, bias)
+            assert_as_accurate(y, truth.to(dtype), truth)
+            with poisoned(), kernel_only(fp8_gemm):
+                y = fp8_gemm.fp8_gemm(a, q.t(), sa, s.t(), dtype, bias)
             assert_as_accurate(y, truth.to(dtype), truth)
         x[0, K // 2] = float("nan")
         assert fp8_gemm._linear(x, q.t(), s.t(), bias, granularity).isnan().all()
@@ -4422,8 +4439,10 @@ for _blocks in (False, True):
                     {"BLOCKS": _blocks, "ROW": 0, "BLOCK_N": 4, "BLOCK_K": 2048}, 4, _targets, {"num_stages": 3}))  # fmt: skip
     AOT.append(("fp8_gemm", "_gemv_kernel",
                 {"a_ptr": "*bf16", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                {"a_scale_ptr": None, "BLOCKS": _blocks, "ROW": 16384, "BLOCK_N": 8 if _blocks else 4,
-                 "BLOCK_K": 1024 if _blocks else 2048}, 4, [89, 90], {}))  # fmt: skip
+                {"a_scale_ptr": None, "BLOCKS": _blocks, "ROW": 16384, "BLOCK_N": 8, "BLOCK_K": 1024}, 4, [89, 90, 100], {}))  # fmt: skip
+    AOT.append(("fp8_gemm", "_gemv_kernel",
+                {"a_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*fp16", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
+                {"BLOCKS": _blocks, "ROW": 0, "BLOCK_N": 8, "BLOCK_K": 512}, 2, [89, 90, 100], {}))  # fmt: skip
 _fp8_x = {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv"}
 for _kernel, _signature, _constants, _warps in [
     ("_quantize_rows_kernel", _fp8_x | {"scale_ptr": "*fp32", "stride_xm": "i32", "M": "i32", "K": "i32"}, {"BLOCK_M": 1, "BLOCK_K": 4096}, 4),
