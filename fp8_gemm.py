@@ -76,8 +76,9 @@ def quantize_fp8_torch(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, 
     else:
         amax = magnitude.amax() if x.numel() else x.new_zeros(())
     scale = amax / torch.full_like(amax, _FP8_MAX)  # by a number, CUDA would multiply with its rounded reciprocal
-    scale = torch.where(amax == 0, 1.0, scale.clamp(min=_TINY)).float()
-    q = torch.where(finite, x * _spread(scale.reciprocal(), x.shape), torch.nan)
+    scale = torch.where(amax == 0, 1.0, scale.clamp(_TINY, torch.finfo(torch.float32).max)).float()
+    q = (x * _spread(scale.reciprocal(), x.shape)).clamp(-_FP8_MAX, _FP8_MAX)  # float64 may exceed any float32 scale
+    q = torch.where(finite, q, torch.nan)
     return q.to(_FP8).contiguous(), scale
 
 
@@ -595,8 +596,8 @@ def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     """x_fp8 * scale in float32, rounded to dtype once. A dimension of scale is 1, x_fp8's, or a 128th of that."""
     if x_fp8.dtype != _FP8:
         raise TypeError(f"x_fp8 must be float8_e4m3fn, got {x_fp8.dtype}")
-    if not scale.is_floating_point() or not dtype.is_floating_point:
-        raise TypeError(f"scale and dtype must be floating point, got {scale.dtype} and {dtype}")
+    if not all(t.is_floating_point and t.itemsize > 1 for t in (scale.dtype, dtype)):
+        raise TypeError(f"scale and dtype must be float16, bfloat16, float32 or float64, got {scale.dtype} and {dtype}")
     if x_fp8.device != scale.device:
         raise ValueError(f"scale must be on {x_fp8.device}, got {scale.device}")
     sizes = enumerate(zip(scale.shape[::-1], x_fp8.shape[::-1]))
@@ -823,13 +824,14 @@ def fp8_gemm(
         if quantised != (scale is not None):
             given = f"must be None: {name} is {t.dtype} and is quantised here"
             raise ValueError(f"{name}_scale {'needs its scale, got None' if scale is None else given}")
-        if scale is not None and scale.dtype != torch.float32:
-            raise TypeError(f"{name}_scale must be float32, got {scale.dtype}")
+        if scale is not None and getattr(scale, "dtype", None) != torch.float32:
+            raise TypeError(f"{name}_scale must be a float32 tensor, got {getattr(scale, 'dtype', type(scale))}")
     if output_dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"output_dtype must be float16, bfloat16 or float32, got {output_dtype}")
-    if bias is not None and (not bias.is_floating_point() or bias.shape != (b.shape[1],)):
-        error = ValueError if bias.is_floating_point() else TypeError
-        raise error(f"bias must be floating point {(b.shape[1],)}, got {bias.dtype} {tuple(bias.shape)}")
+    if bias is not None and (not bias.is_floating_point() or bias.element_size() == 1):
+        raise TypeError(f"bias must be float32, float16, bfloat16 or float64, got {bias.dtype}")
+    if bias is not None and bias.shape != (b.shape[1],):
+        raise ValueError(f"bias must have shape {(b.shape[1],)}, got {tuple(bias.shape)}")
     device = a.device
     for name, t in (("b", b), ("a_scale", a_scale), ("b_scale", b_scale), ("bias", bias)):
         if t is not None and t.device != device:
@@ -877,25 +879,27 @@ def _linear(x, b, b_scale, bias, granularity) -> Tensor:
     return _product(a, b, a_scale, b_scale, x.dtype, bias, True, granularity == "block")
 
 
-_fused_steps = None  # storage -> how often a fused optimizer may have written it, which counts up no tensor's version
+_steps = None  # storage of a kept weight -> how many optimizer steps may have written it. Fused ones count up no
+# tensor's version, nor does the broadcast that ends ZeroRedundancyOptimizer's
 
 
 def _steps_of(storage) -> int:
-    global _fused_steps
-    if _fused_steps is None:
+    global _steps
+    if _steps is None:
         register_optimizer_step_post_hook(_count_step)
-        _fused_steps = {}
-    return _fused_steps.get(storage._cdata, 0)
+        _steps = {}
+    return _steps.setdefault(storage._cdata, 0)
 
 
 def _count_step(optimizer, args, kwargs):
     if torch.compiler.is_compiling():  # it would compile the step anew for each count
         return
     for group in optimizer.param_groups:
-        for p in group["params"] if group.get("fused") else ():
-            if type(p) in (Tensor, nn.Parameter):  # _cached_weight keeps nothing of others
+        for p in group["params"]:
+            if type(p) in (Tensor, nn.Parameter) and p.layout == torch.strided:  # _cached_weight keeps no others
                 storage = p.untyped_storage()._cdata
-                _fused_steps[storage] = _fused_steps.get(storage, 0) + 1
+                if storage in _steps:
+                    _steps[storage] += 1
 
 
 class _Cache(tuple):
@@ -954,14 +958,15 @@ class FP8Linear(nn.Module):
         return q.t(), scale.t()
 
     def requantize(self) -> None:
-        """To be called after the one write that PyTorch does not record, `weight.data.mul_()` and the like."""
+        """To be called after the writes that PyTorch does not record: through `weight.data` (`weight.data.mul_()`,
+        `weight.data += d`), and by some collectives (torch.distributed.broadcast, all_reduce)."""
         self._cache = None
 
     def _cached_weight(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if (
             torch.compiler.is_compiling() or type(w) not in (Tensor, nn.Parameter) or w.is_inference()
             or torch._C._functorch.peek_interpreter_stack() is not None  # what it wraps serves within it alone
-            or (w.is_cuda and torch.cuda.is_current_stream_capturing())
+            or torch.jit.is_tracing() or (w.is_cuda and torch.cuda.is_current_stream_capturing())
         ):  # fmt: skip
             return self._quantize(w)
         storage = w.untyped_storage()
@@ -982,6 +987,9 @@ class FP8Linear(nn.Module):
             for t in cache[2]:
                 t.record_stream(stream)
         return cache[2]
+
+    def __getstate__(self):  # torch.load(weights_only=True) takes no type(None)
+        return {**self.__dict__, "_cache": None}
 
     def __setattr__(self, name, value):
         if name == "weight":  # FSDP2 refills the gathered weight without a trace, but sets it anew each time

@@ -68,7 +68,8 @@ def int8_gemm_torch(
     y = (straight.to(wide) @ weight_int8.to(wide).T) * scale.to(wide)
     if quantize_activations:
         xq, x_scale = quantize_symmetric_torch(x, dim=-1)
-        y = y + (xq.double() @ weight_int8.double().T).to(wide) * x_scale * scale  # float64 holds any such sum
+        exact = torch.float32 if x.is_mps else torch.float64  # holds any such sum, but Apple's GPUs have none
+        y = y + (xq.to(exact) @ weight_int8.to(exact).T).to(wide) * x_scale * scale
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(x.dtype)
@@ -551,7 +552,7 @@ def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) ->
     if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.get_device() != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):  # Triton launches on the current device, not on tensor's
             return quantize_symmetric(tensor, bits, dim)
-    tensor, qmax = tensor.detach(), 2 ** (bits - 1) - 1
+    tensor, qmax = tensor.detach(), 2 ** (int(bits) - 1) - 1
     if dim is None:  # two passes: the scale by PyTorch, then the quotients
         x = tensor.contiguous()
         amax = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
@@ -595,8 +596,8 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     """quantized * scale in float32, rounded once. A scale (N,) goes with the rows of (N, K), any other broadcasts."""
     if quantized.dtype != torch.int8:
         raise TypeError(f"quantized must be int8, got {quantized.dtype}")
-    if not scale.is_floating_point() or not dtype.is_floating_point:
-        raise TypeError(f"scale and dtype must be floating point, got {scale.dtype} and {dtype}")
+    if not all(t.is_floating_point and t.itemsize > 1 for t in (scale.dtype, dtype)):
+        raise TypeError(f"scale and dtype must be float16, bfloat16, float32 or float64, got {scale.dtype} and {dtype}")
     if quantized.device != scale.device:
         raise ValueError(f"scale must be on {quantized.device}, got {scale.device}")
     given, learned = tuple(scale.shape), scale.requires_grad and torch.is_grad_enabled()
@@ -661,9 +662,9 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     x, x_scale = _quantize_rows(x) if w8a8 else (x, None)
     capability, sms = _gpu(x)
     if M == 1:
-        # us, H200, (4096, 14336), (14336, 4096), (4096, 4096): 19.1, 19.3, 7.9 (bf16 38, 39, 16; to read the weight takes
-        # 17.0, 16.6, 6.6). As many programs as the SMs hold at once, where they can: (16384, 6144), (8192, 8192), (4096,
-        # 11008) 29.7, 20.8, 15.6, by 4 channels and 1024 columns 35.3, 22.2, 17.2
+        # us, H200, (4096, 14336), (14336, 4096), (4096, 4096): 19.1, 19.3, 7.9 (bf16 38, 39, 16; to read the weight
+        # takes 17.0, 16.6, 6.6). As many programs as the SMs hold at once, where they can: (16384, 6144), (8192, 8192),
+        # (4096, 11008) 29.7, 20.8, 15.6, by 4 channels and 1024 columns 35.3, 22.2, 17.2
         if N <= 20 * sms:
             block_n, block_k, warps = 2, 2048, 4
         elif K % 1024 and K <= 8192:
@@ -902,12 +903,14 @@ def int8_gemm(
         raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x must have shape (..., {K}) to go with weight_int8 {(N, K)}, got {tuple(x.shape)}")
-    if scale.dtype != torch.float32 or scale.shape != (N,):
-        error = TypeError if scale.dtype != torch.float32 else ValueError
-        raise error(f"scale must be float32 {(N,)}, got {scale.dtype} {tuple(scale.shape)}")
-    if bias is not None and (not bias.is_floating_point() or bias.shape != (N,)):
-        error = ValueError if bias.is_floating_point() else TypeError
-        raise error(f"bias must be floating point {(N,)}, got {bias.dtype} {tuple(bias.shape)}")
+    if getattr(scale, "dtype", None) != torch.float32:
+        raise TypeError(f"scale must be a float32 tensor, got {getattr(scale, 'dtype', type(scale))}")
+    if bias is not None and (not bias.is_floating_point() or bias.element_size() == 1):
+        raise TypeError(f"bias must be float32, float16, bfloat16 or float64, got {bias.dtype}")
+    if scale.shape != (N,):
+        raise ValueError(f"scale must have shape {(N,)}, got {tuple(scale.shape)}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias must have shape {(N,)}, got {tuple(bias.shape)}")
     if weight_int8.device != x.device or scale.device != x.device or (bias is not None and bias.device != x.device):
         devices = weight_int8.device, scale.device, None if bias is None else bias.device
         raise ValueError(f"weight_int8, scale and bias must be on x's device {x.device}, got {devices}")
@@ -957,6 +960,8 @@ class Int8Linear(nn.Module):
         """Fills the buffers from a float weight (out_features, in_features)."""
         if weight.shape != self.weight_int8.shape:
             raise ValueError(f"weight must have shape {tuple(self.weight_int8.shape)}, got {tuple(weight.shape)}")
+        if weight.is_meta != self.weight_int8.is_meta:
+            raise ValueError(f"weight must be on {self.weight_int8.device}, got {weight.device}")
         quantized, scale = quantize_weight_per_channel(weight)
         self.weight_int8.copy_(quantized)
         self.weight_scale.copy_(scale)
@@ -1009,13 +1014,13 @@ def quantize_model(
     if type(model) is nn.Linear:
         raise ValueError("model must hold its nn.Linear modules, got one itself: use QuantizedLinear.from_linear")
     skip = set(skip)
-    owners: dict[tuple, set[int]] = {}  # where a parameter's memory starts -> the modules that hold it
+    owners: dict[tuple, set[int]] = {}  # where a tensor's memory starts -> the modules that hold it
 
     def memory(p):
         return p.untyped_storage()._cdata, p.storage_offset()
 
     for module in model.modules():
-        for p in module.parameters(recurse=False):
+        for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if p.layout == torch.strided and not nn.parameter.is_lazy(p):  # no Linear's weight is sparse or lazy
                 owners.setdefault(memory(p), set()).add(id(module))
     found, left = [], set()

@@ -3066,12 +3066,23 @@ def test_quantize_model_of_odd_models():
     model = nn.ModuleDict({"a": shared, "lm_head": shared})
     assert int8_gemm.quantize_model(model) == [] and model["a"] is model["lm_head"] is shared
     assert int8_gemm.quantize_model(model, skip=()) == ["a", "lm_head"] and model["a"] is model["lm_head"]
+    tied = nn.ModuleDict({"a": linear(), "b": nn.Module()})
+    tied["b"].register_buffer("weight", tied["a"].weight.detach())
+    assert int8_gemm.quantize_model(tied) == []
 
 
 def test_quantize_symmetric_of_a_transposed_tensor_is_contiguous():
     """From kernel and twin: safetensors saves no other buffer."""
     for quantize in (int8_gemm.quantize_symmetric, int8_gemm.quantize_symmetric_torch):
         assert all(t.is_contiguous() for t in quantize(randn(24, 32).T, dim=-1))
+
+
+def test_quantize_symmetric_takes_integers_of_numpy():
+    np = pytest.importorskip("numpy")
+    x = randn(4, 70)
+    for dim in (None, np.int64(1)):
+        for got, want in zip(int8_gemm.quantize_symmetric(x, np.int64(8), dim), int8_gemm.quantize_symmetric_torch(x, 8, dim)):
+            assert torch.equal(got, want)
 
 
 def test_int8_gemm_forward_derivative_of_quantised_activations():
@@ -3397,11 +3408,13 @@ for _name, _change, _error, _match in [
     ("int x", lambda a: {"x": a["x"].int()}, TypeError, "x must be.*int32"),
     ("K differs", lambda a: {"x": a["x"][:, :-1]}, ValueError, r"x must have shape \(\.\.\., 64\).*63"),
     ("scalar x", lambda a: {"x": a["x"][0, 0]}, ValueError, "x must have shape"),
-    ("scale shape", lambda a: {"scale": a["scale"][:, None]}, ValueError, r"scale must be float32 \(24,\).*24, 1"),
-    ("scale dtype", lambda a: {"scale": a["scale"].half()}, TypeError, "scale must be float32.*float16"),
+    ("scale shape", lambda a: {"scale": a["scale"][:, None]}, ValueError, r"scale must have shape \(24,\).*24, 1"),
+    ("scale dtype", lambda a: {"scale": a["scale"].half()}, TypeError, "scale must be a float32 tensor.*float16"),
+    ("scale a number", lambda a: {"scale": 1.0}, TypeError, "scale must be a float32 tensor.*float"),
     ("scale grad", lambda a: {"scale": a["scale"].requires_grad_()}, ValueError, "scale must not require"),
-    ("bias shape", lambda a: {"bias": a["bias"][:-1]}, ValueError, r"bias must be floating point \(24,\).*23"),
-    ("bias dtype", lambda a: {"bias": a["bias"].int()}, TypeError, "bias must be floating.*int32"),
+    ("bias shape", lambda a: {"bias": a["bias"][:-1]}, ValueError, r"bias must have shape \(24,\).*23"),
+    ("bias dtype", lambda a: {"bias": a["bias"].int()}, TypeError, "bias must be float32.*int32"),
+    ("bias in fp8", lambda a: {"bias": a["bias"].to(torch.float8_e5m2)}, TypeError, "bias must be float32.*float8_e5m2"),
     ("devices", lambda a: {"scale": a["scale"].to("meta")}, ValueError, "device.*meta"),
 ]:
     ERRORS.append((f"int8_gemm: {_name}", _int8_error(_change), _error, _match))
@@ -3416,6 +3429,11 @@ ERRORS += [
     ("dequantize: floats", lambda: int8_gemm.dequantize(randn(3), randn(1)), TypeError, "quantized must be int8.*float32"),
     ("dequantize: int scale", lambda: int8_gemm.dequantize(randn(3).to(torch.int8), randn(1).int()), TypeError, "scale and dtype.*int32"),
     ("dequantize: scale shape", lambda: int8_gemm.dequantize(randn(3, 4).to(torch.int8), randn(4)), ValueError, r"scale must broadcast to \(3, 4\), got \(4,\)"),
+    ("dequantize: fp8 scale", lambda: int8_gemm.dequantize(randn(3).to(torch.int8), randn(1).to(torch.float8_e4m3fn)), TypeError, "scale and dtype.*float8"),
+    ("dequantize: to fp8", lambda: int8_gemm.dequantize(randn(3).to(torch.int8), randn(1), torch.float8_e4m3fn), TypeError, "scale and dtype.*float8"),
+    ("dequantize_fp8: to fp8", lambda: fp8_gemm.dequantize_fp8(randn(3).to(torch.float8_e4m3fn), randn(1), torch.float8_e4m3fn), TypeError, "scale and dtype.*float8"),
+    ("Int8Linear: meta weight", lambda: int8_gemm.Int8Linear(4, 3, device=DEVICE).quantize_weights(torch.ones(3, 4, device="meta")), ValueError, "weight must be on.*meta"),
+    ("Int8Linear: on meta", lambda: int8_gemm.Int8Linear(4, 3, device="meta").quantize_weights(randn(3, 4)), ValueError, "weight must be on meta"),
     ("Int8Linear: weight shape", lambda: int8_gemm.Int8Linear(4, 3, device=DEVICE).quantize_weights(randn(4, 3)), ValueError, r"weight must have shape \(3, 4\).*4, 3"),
     ("quantize_model: str", lambda: int8_gemm.quantize_model(nn.Sequential(nn.Linear(4, 4)), "lm_head"), TypeError, "skip must be a sequence.*lm_head"),
     ("quantize_model: Linear", lambda: int8_gemm.quantize_model(nn.Linear(4, 4)), ValueError, "from_linear"),
@@ -3888,6 +3906,18 @@ def test_fp8_linear_forward_and_gradients(granularity):
                 assert torch.equal(layer(x), y)
 
 
+class StepsThroughData(torch.optim.Optimizer):
+    """Writes as PyTorch does not record: by weight.data, as kernels by their pointers and a broadcast do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.mul_(2.0)
+
+
 def _fp8_fresh(layer, x):
     """What the layer gives without a cache."""
     with torch.no_grad():
@@ -3910,10 +3940,12 @@ def test_fp8_linear_cache_sees_steps_of_others():
         layer.weight.requires_grad_(False)
         layer(x)
 
-    for change in (trained_by_another, gradient_from_elsewhere, frozen_with_its_gradient):
+    fused = lambda parameters: torch.optim.AdamW(parameters, 0.5, fused=True)
+    cases = (trained_by_another, fused), (gradient_from_elsewhere, fused), (frozen_with_its_gradient, fused), (trained_by_another, StepsThroughData)
+    for change, kind in cases:
         linear, layer = nn.Linear(64, 24, bias=False, device=DEVICE), fp8_gemm.FP8Linear(64, 24, device=DEVICE)
         layer.weight = linear.weight
-        optimizer = torch.optim.AdamW(linear.parameters(), 0.5, fused=True)
+        optimizer = kind(linear.parameters())
         with torch.no_grad():
             before = layer(x)
         change(linear, layer)
@@ -4002,6 +4034,34 @@ def test_trace_takes_the_twins():
     for f in (lambda x: rmsnorm.rmsnorm(x, w), swiglu.swiglu_fused, lambda x: rope.rope_triton(x[None, :, None], x[None, :, None])[0]):
         traced, other = torch.jit.trace(f, x), randn(3, 16)
         torch.testing.assert_close(traced(other), f(other))
+
+
+def test_fp8_linear_trace_quantises_in_the_graph():
+    x, layer = randn(3, 64), fp8_gemm.FP8Linear(64, 24, device=DEVICE).requires_grad_(False)
+    layer(x)
+    traced = torch.jit.trace(layer, x)
+    layer.weight.mul_(3.0)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_fp8_linear_with_its_cache_loads_weights_only():
+    import io
+
+    x, layer, buffer = randn(3, 64), fp8_gemm.FP8Linear(64, 24, device=DEVICE), io.BytesIO()
+    with torch.no_grad():
+        want = layer(x)
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        with torch.serialization.safe_globals([fp8_gemm.FP8Linear]):
+            loaded = torch.load(buffer, weights_only=True)
+        assert loaded._cache is None and torch.equal(loaded(x), want)
+
+
+def test_quantize_fp8_of_what_float32_does_not_hold():
+    x = torch.tensor([[1e300, -1.0, 0.0], [1.0, 2.0, -3.0]], dtype=torch.float64, device=DEVICE)
+    for granularity in ("tensor", "row", "block", "block2d"):
+        q, s = fp8_gemm.quantize_fp8(x, granularity)
+        assert q[0, 0].float() == 448 and s.isfinite().all() and fp8_gemm.dequantize_fp8(q, s, torch.float64).isfinite().all()
 
 
 def test_fp8_linear_cache_keeps_nothing_of_a_transform():
@@ -4303,12 +4363,14 @@ for _name, _change, _error, _match in [
     ("no a_scale", lambda a: {"a_scale": None}, ValueError, "a_scale needs its scale"),
     ("no b_scale", lambda a: {"b_scale": None}, ValueError, "b_scale needs its scale"),
     ("scale for floats", lambda a: {"a": a["a"].float()}, ValueError, "a_scale must be None: a is torch.float32"),
-    ("scale dtype", lambda a: {"b_scale": a["b_scale"].half()}, TypeError, "b_scale must be float32.*float16"),
+    ("scale dtype", lambda a: {"b_scale": a["b_scale"].half()}, TypeError, "b_scale must be a float32 tensor.*float16"),
+    ("scale a number", lambda a: {"a_scale": 1.0}, TypeError, "a_scale must be a float32 tensor.*float"),
     ("scale shape", lambda a: {"a_scale": a["a_scale"].t()}, ValueError, r"a_scale and b_scale must.*\(2, 1\) and \(1, 24\).*\(1, 2\)"),
     ("block and row", lambda a: {"a_scale": torch.ones(2, 3, device=DEVICE)}, ValueError, r"blocks, both \(2, 3\) and \(3, 1\).*got \(2, 3\)"),
     ("output dtype", lambda a: {"output_dtype": torch.float64}, TypeError, "output_dtype must be.*float64"),
-    ("bias shape", lambda a: {"bias": a["bias"][1:]}, ValueError, r"bias must be floating point \(24,\).*23"),
-    ("bias dtype", lambda a: {"bias": a["bias"].int()}, TypeError, "bias must be floating.*int32"),
+    ("bias shape", lambda a: {"bias": a["bias"][1:]}, ValueError, r"bias must have shape \(24,\).*23"),
+    ("bias dtype", lambda a: {"bias": a["bias"].int()}, TypeError, "bias must be float32.*int32"),
+    ("bias in fp8", lambda a: {"bias": a["bias"].to(torch.float8_e5m2)}, TypeError, "bias must be float32.*float8_e5m2"),
     ("devices", lambda a: {"b_scale": a["b_scale"].to("meta")}, ValueError, "b_scale must be on a's device.*meta"),
     ("gradient", lambda a: {"bias": a["bias"].requires_grad_()}, ValueError, "not differentiable.*FP8Linear"),
     ("float gradient", lambda a: {"a": randn(2, 300, grad=True), "a_scale": None}, ValueError, "not differentiable.*FP8Linear"),
