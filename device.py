@@ -39,12 +39,15 @@ def is_triton_available() -> bool:
 def get_device(device: torch.device | str | int | None = None) -> torch.device:
     """`device` as a torch.device; without it the best there is: cuda, xpu, mps, cpu.
 
-    Raises: ValueError for a number where there is no accelerator.
+    Raises: ValueError for a name that PyTorch does not know, and for a number where there is no accelerator.
     """
     if isinstance(device, int) and not torch.accelerator.is_available():
         raise ValueError(f"device must be one that is here, got number {device} of no accelerators")
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be a torch.device, its name or its number, got {device!r}") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.xpu.is_available():
@@ -118,7 +121,7 @@ def supports_fp8(device: torch.device | str | int | None = None) -> bool:
 def select_dtype(preferred: torch.dtype = torch.float16, device: torch.device | str | int | None = None) -> torch.dtype:
     """`preferred` where the device supports it, else the nearest float dtype that it does.
 
-    Raises: TypeError where preferred is no float dtype.
+    Raises: TypeError where preferred is none of float8_e4m3fn, float8_e5m2, bfloat16, float16, float32, float64.
     """
     if preferred not in _STAND_INS:
         names = ", ".join(str(d).removeprefix("torch.") for d in _STAND_INS)

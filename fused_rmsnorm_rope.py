@@ -43,15 +43,15 @@ def fused_rmsnorm_rope_torch(
     n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps) * (offset + weight.to(wide))
     n = n.reshape(*x.shape[:-1], x.shape[-1] // D, D)
     # Of full-width tables, whose halves are equal, the first is read
-    cos, sin = ((t.squeeze(2) if t.dim() == 4 else t)[..., : D // 2] for t in (cos, sin))
+    cos, sin = ((t.squeeze(2) if t.dim() == 4 else t).narrow(-1, 0, D // 2) for t in (cos, sin))
     if position_ids is None:
-        cos, sin = (t[..., : x.shape[1], :] for t in (cos, sin))
+        cos, sin = (t.narrow(-2, 0, x.shape[1]) for t in (cos, sin))
     else:  # one more row, of NaN, stands for every position outside the tables
         inside = (position_ids >= 0) & (position_ids < cos.shape[0])
         index = torch.where(inside, position_ids, cos.shape[0]).long()
-        cos, sin = (F.pad(t, (0, 0, 0, 1), value=math.nan)[index] for t in (cos, sin))
+        cos, sin = (F.embedding(index, F.pad(t, (0, 0, 0, 1), value=math.nan)) for t in (cos, sin))
     cos, sin = (t.unsqueeze(-2).to(wide) for t in (cos, sin))
-    n0, n1 = (n[..., 0::2], n[..., 1::2]) if interleaved else n.chunk(2, dim=-1)
+    n0, n1 = n.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else n.chunk(2, dim=-1)
     y = torch.stack((n0 * cos - n1 * sin, n1 * cos + n0 * sin), dim=-1 if interleaved else -2)
     return y.reshape(x.shape).to(x.dtype).contiguous()
 

@@ -106,7 +106,7 @@ def build_rope_cache(
         raise ValueError(f"seq_len must not be negative, got {seq_len}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
-    device = torch.get_default_device() if device is None else torch.device(device)
+    device = torch.empty(0).device if device is None else torch.device(device)
     wide = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     inv_freq, attention_factor = _frequencies(seq_len, head_dim, base, scaling, wide)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=wide), inv_freq)
@@ -127,7 +127,7 @@ def _rotary_dim(D, cos, rotary_dim):
 def _turn(x, interleaved, turn):
     """x with turn(x0, x1) for each pair, left in float32 (float64 where x is)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x0, x1 = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     return torch.stack(turn(x0, x1), dim=-1 if interleaved else -2).flatten(-2)
 
 
@@ -152,19 +152,19 @@ def rope_torch(
     """Twin of apply_rope."""
     S, R = q.shape[-3], _rotary_dim(q.shape[-1], cos, rotary_dim)
     # Of full-width tables, whose halves are equal, the first is read
-    cos, sin = ((t.squeeze(2) if t.dim() == 4 else t)[..., : R // 2] for t in (cos, sin))
+    cos, sin = ((t.squeeze(2) if t.dim() == 4 else t).narrow(-1, 0, R // 2) for t in (cos, sin))
     if position_ids is None:
-        cos, sin = cos[..., :S, :], sin[..., :S, :]
+        cos, sin = cos.narrow(-2, 0, S), sin.narrow(-2, 0, S)
     else:  # one more row, of NaN, stands for every position outside the tables
         inside = (position_ids >= 0) & (position_ids < cos.shape[0])
         index = torch.where(inside, position_ids, cos.shape[0]).long()
-        cos, sin = (F.pad(t, (0, 0, 0, 1), value=math.nan)[index] for t in (cos, sin))
+        cos, sin = (F.embedding(index, F.pad(t, (0, 0, 0, 1), value=math.nan)) for t in (cos, sin))
     wide = torch.promote_types(q.dtype, torch.float32)
     c, s = cos.unsqueeze(-2).to(wide), sin.unsqueeze(-2).to(wide)
 
     def rotate(x):
-        y = _turn(x[..., :R], interleaved, lambda x0, x1: (x0 * c - x1 * s, x1 * c + x0 * s))
-        y = torch.cat((y.reshape(*x.shape[:-1], R), x[..., R:].to(wide)), dim=-1).to(x.dtype)
+        y = _turn(x.narrow(-1, 0, R), interleaved, lambda x0, x1: (x0 * c - x1 * s, x1 * c + x0 * s))
+        y = torch.cat((y.reshape(*x.shape[:-1], R), x.narrow(-1, R, x.shape[-1] - R).to(wide)), dim=-1).to(x.dtype)
         return x.copy_(y) if inplace else _dense(y, q)
 
     return rotate(q), None if k is None else rotate(k)
@@ -176,7 +176,7 @@ def rope_pytorch(
     """Twin of rope_triton: each pair is a complex number, multiplied by exp(i * angle)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = build_rope_cache(q.shape[1], q.shape[-1], theta, device=q.device, dtype=wide)
-    (turns,) = _on_mesh_of(q, torch.complex(cos, sin)[:, None])
+    (turns,) = _on_mesh_of(q, torch.complex(cos, sin).unsqueeze(1))
 
     def turn(x0, x1):
         y = torch.view_as_complex(torch.stack((x0, x1), dim=-1)) * turns  # PyTorch 2.11 can't torch.complex DTensors
@@ -431,8 +431,8 @@ def _check_tables(q, cos, sin, position_ids, rotary_dim):
     for name, t in (("cos", cos), ("sin", sin), ("position_ids", position_ids)):
         if t is not None and t.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
-        if t is not position_ids and not t.is_floating_point():
-            raise TypeError(f"{name} must be a float tensor, got {t.dtype}")
+        if t is not position_ids and (not t.is_floating_point() or t.element_size() == 1):
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     shape, dims = cos.shape, cos.dim()
     if sin.shape != shape:
         raise ValueError(f"sin must have cos's shape {tuple(shape)}, got {tuple(sin.shape)}")
@@ -479,6 +479,8 @@ def apply_rope(
     _check_qk(q, k, (3, 4))
     R = _check_tables(q, cos, sin, position_ids, _index(rotary_dim))
     if inplace:
+        if k is q:
+            raise ValueError("inplace must be False where k is q")
         for name, t in (("q", q), ("k", k)):
             if t is not None and t.requires_grad:
                 raise ValueError(f"inplace must be False where {name} requires a gradient")
@@ -551,6 +553,10 @@ class RotaryEmbedding(nn.Module):
         scaling: dict | None = None, device=None
     ):  # fmt: skip
         super().__init__()
+        if scaling is None and (dim < 2 or dim % 2):  # of scaled ones a part may rotate: build_rope_cache checks
+            raise ValueError(f"dim must be an even number, 2 at least, got {dim}")
+        if max_seq_len < 0:
+            raise ValueError(f"max_seq_len must not be negative, got {max_seq_len}")
         self.dim, self.max_seq_len, self.base, self.interleaved = dim, max_seq_len, base, interleaved
         self.scaling = None if scaling is None else {"max_position_embeddings": max_seq_len, **scaling}
         self.dynamic = scaling is not None and "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
@@ -607,12 +613,14 @@ class RoPEAttention(nn.Module):
         n_heads, n_kv_heads = _index(n_heads), _index(n_heads if n_kv_heads is None else n_kv_heads)
         if n_heads < 1:
             raise ValueError(f"n_heads must be positive, got {n_heads}")
-        if d_model % (2 * n_heads):
+        if d_model < 1 or d_model % (2 * n_heads):
             raise ValueError(f"d_model must be n_heads ({n_heads}) times an even head_dim, got {d_model}")
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads must divide n_heads ({n_heads}), got {n_kv_heads}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+        if not theta > 0:
+            raise ValueError(f"theta must be positive, got {theta}")
         self.n_heads, self.n_kv_heads, self.head_dim, self.dropout = n_heads, n_kv_heads, d_model // n_heads, dropout
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(d_model, d_model, **options)
@@ -624,10 +632,12 @@ class RoPEAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if x.dim() != 3 or x.shape[-1] != self.q_proj.in_features:
             raise ValueError(f"x must be (B, S, {self.q_proj.in_features}), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a float tensor, got {x.dtype}")
         if mask is not None and is_causal:
             raise ValueError("is_causal must be False where a mask is given")
         if mask is not None:
-            autocast = torch.is_autocast_enabled(x.device.type) and mask.is_floating_point()
+            autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and mask.is_floating_point()
             if not autocast and mask.dtype not in (torch.bool, torch.float32, x.dtype):
                 raise TypeError(f"mask must be bool, float32 or x's {x.dtype}, got {mask.dtype}")
             scores = x.shape[0], self.n_heads, x.shape[1], x.shape[1]

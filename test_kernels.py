@@ -312,6 +312,8 @@ def test_device_select_dtype():
         assert device.select_dtype(dtype, "cpu") == dtype
     assert device.select_dtype(device="cpu") == torch.float16
     assert device.select_dtype(torch.float8_e4m3fn, "cpu") == torch.bfloat16
+    with pytest.raises(ValueError, match="device must be a torch.device, .* got 'bogus'"):
+        device.get_device("bogus")
     with pytest.raises(TypeError, match=r"preferred must be one of .*float16.*, got torch.int8"):
         device.select_dtype(torch.int8)
     with pytest.raises(ValueError, match="device must be .*, got 'meta'"):
@@ -1180,13 +1182,24 @@ def test_rope_empty():
 def test_rope_fake_tensors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        q = torch.empty(2, 5, 4, 16, dtype=torch.bfloat16, device=DEVICE)
-        cos = torch.empty(5, 8, device=DEVICE)
-        for out in (*rope.apply_rope(q, q[:, :, :2], cos, cos), *rope.rope_triton(q, q)):
-            assert out.shape[:2] == (2, 5) and out.dtype == torch.bfloat16 and out.device.type == DEVICE
-    attn = rope.RoPEAttention(32, 4, device="meta")
-    assert attn(torch.empty(2, 5, 32, device="meta")).shape == (2, 5, 32)
+    with FakeTensorMode(), torch.no_grad():  # "cuda" without a GPU: a build of PyTorch without CUDA can't index such tensors
+        q, k = (torch.empty(2, 5, heads, 16, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
+        cos, full, ids = (torch.empty(shape, device="cuda") for shape in ((9, 8), (1, 5, 1, 16), (2, 5)))
+        for pairs in (False, True):
+            outs = (
+                *rope.apply_rope(q, k, cos, cos, interleaved=pairs), *rope.apply_rope(q, k, full, full, interleaved=pairs),
+                *rope.apply_rope(q, k, cos, cos, interleaved=pairs, position_ids=ids.long()), *rope.rope_triton(q, k, interleaved=pairs),
+            )  # fmt: skip
+            assert all(out.shape[:2] == (2, 5) and out.dtype == torch.bfloat16 and out.device.type == "cuda" for out in outs)
+    attn, x = rope.RoPEAttention(32, 4, device="meta"), torch.empty(2, 5, 32, device="meta")
+    assert attn(x).shape == attn(x, torch.ones(5, 5, dtype=torch.bool, device="meta")).shape == (2, 5, 32)
+
+
+def test_rope_tables_are_traced():
+    """Built where they are used, without a device named."""
+    turn = lambda q: rope.apply_rope(q, None, *rope.build_rope_cache(q.shape[1], 16, device=None if DEVICE == "cpu" else DEVICE))[0]
+    q = randn(1, 4, 2, 16)
+    torch.testing.assert_close(torch.compile(turn, backend="aot_eager", fullgraph=True)(q), turn(q))
 
 
 def test_rope_autocast():
@@ -1676,7 +1689,8 @@ ERRORS += [
     ("rope-k-dims", _rope_bad({"k": lambda: randn(5, 2, 16)}), ValueError, r"k must have q's shape .*got \(5, 2, 16\)"),
     ("rope-k-dtype", _rope_bad({"k": lambda: randn(2, 5, 2, 16).half()}), TypeError, "k must have q's dtype .*float16"),
     ("rope-q-dtype", _rope_bad({"q": lambda: randn(2, 5, 4, 16).int()}), TypeError, "q must be .*int32"),
-    ("rope-table-dtype", _rope_bad({"cos": lambda: randn(5, 8).int()}), TypeError, "cos must be a float tensor, got .*int32"),
+    ("rope-table-dtype", _rope_bad({"cos": lambda: randn(5, 8).int()}), TypeError, "cos must be float16.*int32"),
+    ("rope-table-fp8", _rope_bad({"sin": lambda: randn(5, 8).to(torch.float8_e4m3fn)}), TypeError, "sin must be float16.*float8"),
     ("rope-table-shapes", _rope_bad({"sin": lambda: randn(5, 16)}), ValueError, r"sin must have cos's shape \(5, 8\), got \(5, 16\)"),
     ("rope-table-short", _rope_bad({}, table=(4, 8)), ValueError, "cos must have at least 5 rows.* got 4"),
     ("rope-table-short-4d", _rope_bad({}, table=(1, 4, 1, 16)), ValueError, "cos must have at least 5 rows.* got 4"),
@@ -1696,6 +1710,7 @@ ERRORS += [
     ("rope-ids-device", _rope_bad({}, position_ids=lambda: torch.zeros(5, dtype=torch.int64, device="meta")), ValueError, "position_ids must be on q's device .*meta"),
     ("rope-k-device", _rope_bad({"k": lambda: torch.empty(2, 5, 2, 16, device="meta")}), ValueError, "k must be on q's device .*meta"),
     ("rope-table-device", _rope_bad({"cos": lambda: torch.empty(5, 8, device="meta")}), ValueError, "cos must be on q's device .*meta"),
+    ("rope-inplace-same", lambda: (lambda q: rope.apply_rope(q, q, randn(5, 8), randn(5, 8), inplace=True))(randn(5, 4, 16)), ValueError, "inplace must be False where k is q"),
     ("rope-inplace-grad", _rope_bad({"k": lambda: randn(2, 5, 2, 16, grad=True)}, inplace=True), ValueError, "inplace must be False where k requires a gradient"),
     ("rope-inplace-expanded", _rope_bad({"q": lambda: randn(2, 5, 1, 16).expand(2, 5, 4, 16)}, inplace=True), ValueError, "inplace must be False where q is expanded"),
     ("rope-hf-unsqueeze", lambda: rope.apply_rotary_pos_emb(randn(1, 2, 3, 8), randn(1, 2, 3, 8), randn(1, 3, 8), randn(1, 3, 8), 0), ValueError, "unsqueeze_dim must be 1 or 2, got 0"),
@@ -1748,6 +1763,11 @@ ERRORS += [
         (lambda: torch.zeros(7, 7, device="meta"), ValueError, "meta"),
     )
 ] + [
+    ("RotaryEmbedding: odd dim", lambda: rope.RotaryEmbedding(7), ValueError, "dim must be an even number.*got 7"),
+    ("RotaryEmbedding: negative length", lambda: rope.RotaryEmbedding(8, -1), ValueError, "max_seq_len must not be negative, got -1"),
+    ("RoPEAttention: theta", lambda: rope.RoPEAttention(32, 4, theta=-1.0), ValueError, "theta must be positive, got -1"),
+    ("RoPEAttention: d_model", lambda: rope.RoPEAttention(0, 4), ValueError, "d_model must be.*got 0"),
+    ("RoPEAttention: ints", lambda: rope.RoPEAttention(16, 4, device=DEVICE)(torch.ones(2, 7, 16, device=DEVICE).long()), TypeError, "x must be a float.*int64"),
     ("RoPEAttention: no heads", lambda: rope.RoPEAttention(16, 0), ValueError, "n_heads must be positive, got 0"),
     ("build_rope_cache: dtype", lambda: rope.build_rope_cache(4, 8, dtype=torch.int32), TypeError, "dtype must be floating.*int32"),
     ("build_rope_cache: factor", lambda: rope.build_rope_cache(4, 8, scaling={"rope_type": "linear", "factor": 0}), ValueError, "factor must be positive, got 0"),
@@ -2012,9 +2032,9 @@ def test_fused_gradients_only_where_asked():
 def test_fused_fake_tensors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        x, w = torch.empty(2, 3, 64, dtype=torch.bfloat16, device=DEVICE), torch.empty(16, device=DEVICE)
-        cos = torch.empty(3, 8, device=DEVICE)
+    with FakeTensorMode(), torch.no_grad():  # "cuda" without a GPU, too
+        x, w = torch.empty(2, 3, 64, dtype=torch.bfloat16, device="cuda"), torch.empty(16, device="cuda")
+        cos = torch.empty(3, 8, device="cuda")
         assert fused_rmsnorm_rope.fused_rmsnorm_rope(x, w, cos, cos).shape == (2, 3, 64)
         q, k, v = fused_rmsnorm_rope.fused_qk_norm_rope(x, w, w, cos, cos, num_heads=2, num_kv_heads=1)
         assert q.shape == (2, 3, 2, 16) and k.shape == v.shape == (2, 3, 1, 16) and q.dtype == torch.bfloat16
@@ -2351,6 +2371,25 @@ def test_swiglu_of_large_and_non_finite_values(dtype, activation):
     other = torch.tensor([1.0, 1.0, 1.0, float("inf"), float("nan")], device=DEVICE).to(dtype)
     got = swiglu.swiglu_fused(special, other, activation)
     assert got[0] == got[3] == float("inf") and got[[1, 2, 4]].isnan().all()  # act(-inf) is -inf * 0, as PyTorch's own
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_swiglu_float32_is_as_accurate_as_pytorch(activation):
+    """So many elements that the norms of the errors tell."""
+    gate, up, dout = (randn(128, 512) for _ in range(3))
+
+    def errors(f, exact=None):
+        g, u, d = (t.double() if exact is None else t for t in (gate, up, dout))
+        g, u = (t.detach().clone().requires_grad_() for t in (g, u))
+        y = f(g, u)
+        got = [y.detach(), *torch.autograd.grad(y, (g, u), d)]
+        return got if exact is None else [(a.double() - b).norm() for a, b in zip(got, exact)]
+
+    eager = lambda g, u: swiglu._ACTIVATIONS[activation](g) * u
+    exact = errors(eager)
+    for ours, theirs in zip(errors(lambda g, u: swiglu.swiglu_fused(g, u, activation), exact), errors(eager, exact)):
+        assert ours <= 1.05 * theirs
 
 
 def test_swiglu_empty():
