@@ -879,8 +879,9 @@ def _linear(x, b, b_scale, bias, granularity) -> Tensor:
     return _product(a, b, a_scale, b_scale, x.dtype, bias, True, granularity == "block")
 
 
-_steps = None  # storage of a kept weight -> how many optimizer steps may have written it. Fused ones count up no
-# tensor's version, nor does the broadcast that ends ZeroRedundancyOptimizer's
+# Storage of a kept weight -> how many optimizer steps may have written it. Fused ones count up no tensor's version, nor
+# does the broadcast that ends ZeroRedundancyOptimizer's.
+_steps = None
 
 
 def _steps_of(storage) -> int:
