@@ -2948,6 +2948,19 @@ def test_int8_gemm_parts(monkeypatch):
             check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(20, 1100, dtype=torch.float16), w, s, randn(40), quantize_activations=w8a8)
 
 
+def test_int8_gemm_gradient_of_rows_that_are_not_finite():
+    """It passes straight through, in the twin too: but for the element itself, to which the twin gives 0."""
+    (w, s), dy = _int8_weight(24, 40), randn(3, 24)
+    x = randn(3, 40)
+    x[1, 7] = math.inf
+    grads = []
+    for fn in (int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch):
+        leaf = x.clone().requires_grad_()
+        grads += torch.autograd.grad(fn(leaf, w, s, quantize_activations=True), leaf, dy)
+        grads[-1][1, 7] = 0.0
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("quantize_activations", [False, True])
 def test_int8_gemm_one_row(monkeypatch, quantize_activations):
     """Every launch of one row: to one SM a few channels are many."""
