@@ -668,11 +668,12 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         # would be more programs than the SMs hold at once: 27648 x 5120, 16384 x 6144 40.9, 28.8, so 47.8, 32.7
         row = 1 << (K - 1).bit_length() if quantize else 0
         many = N > 32 * sms and capability < (12, 0)  # for sm_120 Triton 3.9 would spill 40 bytes of the larger blocks
-        block_n, block_k, warps = 4, 2048, 4
-        if quantize and blocks or (many and N <= 72 * sms):
-            block_n, block_k = 8, 1024
-        if many and (K < 3072 or (quantize and N > 72 * sms and K <= 6144)) and not (quantize and blocks):
+        if quantize and blocks:
+            block_n, block_k, warps = 8, 1024, 4
+        elif many and (K < 3072 or (quantize and N > 72 * sms and K <= 6144)):
             block_n, block_k, warps = 8, 512, 2  # 2560 x 9728 9.7, with the quantisation 10.5; else 11.6, 14.2
+        else:
+            block_n, block_k, warps = (8, 1024, 4) if many and N <= 72 * sms else (4, 2048, 4)
         scalars = N, K, b.stride(1), *strides[1:], blocks, row, block_n, block_k
         _enqueue(_gemv_kernel, -(-N // block_n), (a, b, a_scale, b_scale, bias, y), scalars, num_warps=warps)
         return y

@@ -68,7 +68,7 @@ def int8_gemm_torch(
     y = (straight.to(wide) @ weight_int8.to(wide).T) * scale.to(wide)
     if quantize_activations:
         xq, x_scale = quantize_symmetric_torch(x, dim=-1)
-        exact = torch.float32 if x.is_mps else torch.float64  # holds any such sum, but Apple's GPUs have none
+        exact = torch.float32 if x.is_mps else torch.float64  # float64 holds any such sum; Apple's GPUs have none
         y = y + (xq.to(exact) @ weight_int8.to(exact).T).to(wide) * x_scale * scale
     if bias is not None:
         y = y + bias.to(wide)

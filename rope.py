@@ -473,8 +473,8 @@ def apply_rope(
         rotary_dim: R; without it a table W wide is R/2 wide where 2 * W <= D, else R. Columns R to D pass through
         inplace: overwrite q and k, and return them
 
-    Raises: ValueError for shapes, devices and rotary_dim, for inplace where q or k requires a gradient or is expanded;
-    TypeError for dtypes.
+    Raises: ValueError for shapes, devices and rotary_dim, for inplace where q or k requires a gradient or is expanded
+    or k is q; TypeError for dtypes.
     """
     _check_qk(q, k, (3, 4))
     R = _check_tables(q, cos, sin, position_ids, _index(rotary_dim))
