@@ -335,8 +335,10 @@ def _forward_tile(H, D, HALF, whole):
     if not whole:  # one warp needs no barrier: 68.7 us at 16384 tokens of 32 x 128 (H200), four with 32 heads 70.5
         rows = max(512 // HALF, min(8, 4096 // HALF), 1)
         BLOCK_H = min(1 << (H - 1).bit_length(), rows)
-        # one token where heads are long: 8.9 us at 4096 tokens of 4 x 256, with two 10.4
-        return rows // BLOCK_H if HALF <= 64 else 1, BLOCK_H, min(max(rows * HALF // 1024, 1), 16)
+        # one token where heads are long: 8.9 us at 4096 tokens of 4 x 256, with two 10.4; two warps for 8 x 256: 1.7 us
+        # at 8 tokens, 6.4 at 2048, 36.6 at 16384, one warp 2.5, 7.4, 37.6
+        BLOCK_T = rows // BLOCK_H if HALF <= 64 else 1
+        return BLOCK_T, BLOCK_H, min(max(BLOCK_T * BLOCK_H * HALF // 512, 1), 16)
     # whole: half a row at a time, 2048 columns at most: 69.1 us at 16384 tokens of 32 x 128, interleaved, 9.8 at 2048,
     # all of it at once 72.5 and 10.6. Fewer warps where D is no power of 2: 51.7 us at 32 x 80, else 57.0
     BLOCK_H = max(min((1 << H.bit_length()) >> 2, 1024 // HALF), 1)
@@ -345,12 +347,15 @@ def _forward_tile(H, D, HALF, whole):
 
 def _backward_tile(H, Hk, HALF, whole):
     """BLOCK_T, BLOCK_H, warps, programs an SM: 106 us at 16384 tokens of 32 x 128 whole, 105 by the head, floor 95."""
-    heads = 1 << (H - 1).bit_length()
     if whole:  # a row in one piece: beyond 16384 columns registers spill, six times slower
+        heads = 1 << (H - 1).bit_length()
         num_warps = min(max(heads * HALF // 256, 1), 8 if heads * HALF <= 4096 else 16)
         return 1, heads, num_warps, max(4096 // (heads * HALF), 1)
-    BLOCK_H = min(heads, 8 if (Hk or H) > 4 else 4)  # 116 us at 16384 tokens of 8 and 4 heads of 256, eights 142
-    return max(2048 // (BLOCK_H * HALF), 1), BLOCK_H, 4, 2
+    # No more heads than k has: 43 us at 16384 tokens of 8 and 1 heads of 128, in fours 73. Long heads in smaller tiles:
+    # 106, 138, 61 us with 8 and 4, 16 and 2, 4 and 1 heads of 256; four times as large, by four warps, 114, 201, 106
+    BLOCK_H = min(1 << ((Hk or H) - 1).bit_length(), 8 if HALF <= 64 else 4)
+    pairs, num_warps, programs = (2048, 4, 2) if HALF <= 64 else (512, 2, 6)
+    return max(pairs // (BLOCK_H * HALF), 1), BLOCK_H, num_warps, programs
 
 
 def _strides(x, cos, position_ids):

@@ -4093,7 +4093,8 @@ def test_fp8_linear_trace_quantises_in_the_graph():
     layer(x)
     traced = torch.jit.trace(layer, x)
     layer.weight.mul_(3.0)
-    torch.testing.assert_close(traced(x), layer(x), rtol=1e-2, atol=1e-2)  # the twin beside the kernel's fast sums
+    with torch.jit.fuser("fuser0"):  # none: TorchScript's own writes CUDA code that has no type for float8
+        torch.testing.assert_close(traced(x), layer(x), rtol=1e-2, atol=1e-2)  # the twin beside the kernel's fast sums
 
 
 def test_fp8_linear_with_its_cache_loads_weights_only():
