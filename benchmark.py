@@ -6,7 +6,7 @@
     python benchmark.py host                              # the host's time of one small eager call
     python benchmark.py model                             # Llama 3 8B's shapes end to end (80 GB); only where named
 
-Kernel time is the profiler's: the kernels of one call summed, the median of 20 calls that take turns with every other
+Kernel time is the profiler's: the kernels of one call summed, the median of 5 to 20 calls that take turns with every other
 provider's, the L2 cache flushed before each. The floor is the fewest bytes a call must move (each tensor once) over the
 copy rate of the same run, or its operations over the matmul rate of the same run, whichever is longer. "x best" is the
 fastest other provider's time over ours. "call us" is the time of one call in a tight loop, host included. A provider
@@ -19,6 +19,7 @@ import datetime
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -190,7 +191,7 @@ def measure(case, o):
             call, got = prepare(fn, own, cotangents)
             got = got if case.rows is None else [g[case.rows] for g in got]
             pairs = [(g.float(), w.float()) for g, w in zip(got, want, strict=True)]
-            error = max(((g - w).norm() / w.norm()).item() for g, w in pairs)
+            error = torch.stack([(g - w).norm() / w.norm() for g, w in pairs]).max().item()  # NaN where one is
         except Exception as exception:
             note(f"  {case.label}: {name}: {reason(exception)}")
             continue
@@ -894,7 +895,7 @@ def model_rows(o, c, weights, kind, b, s):
     return rows
 
 
-def model_steps(o, folder):
+def model_steps(o):
     """Prints a table for each step. {step: {variant: figures}}"""
     print(CAPTION)
     c, steps = LLAMA if o.gpu else TINY, {}
@@ -912,8 +913,6 @@ def model_steps(o, folder):
             f"{r['peak'] / 1e9:.2f}" if o.gpu else "-", f"{r['error']:.1e}",
         ] if r else [name, *"------"] for name, r in rows.items()]  # fmt: skip
         print(github(lines, head))
-    if folder:
-        plot_model(steps, folder, o)
     return steps
 
 
@@ -1056,16 +1055,22 @@ def main():
     if unknown := [op for op in args.op if not any(name.startswith(op) for name in names)]:
         parser.error(f"op must be among {', '.join(names)}, got {', '.join(unknown)}")
     ops = [name for name in names if name.startswith(tuple(args.op or names[:-1]))]
-    ops = [name for name in ops if not (args.backward and name in FORWARD_ONLY)]
-    if not ops:
-        parser.error(f"{', '.join(FORWARD_ONLY)} have no backward pass to time")
+    if dropped := [name for name in ops if args.backward and name in FORWARD_ONLY]:
+        ops = [name for name in ops if name not in dropped]
+        if not ops:
+            parser.error(f"{', '.join(FORWARD_ONLY)} have no backward pass to time")
+        note(f"no backward pass to time: {', '.join(dropped)}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.json:
+        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     o = options(args)
     if not o.gpu:
         torch.set_num_threads(1)  # on shapes this small threads gain little, and crawl where the other cores are busy
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = not o.backward  # there a compiled backward is to run more than once
     warnings.filterwarnings("ignore", module="torch.profiler")
-    versions = {"torch": torch.__version__} | {p: v for p in ("triton", *PEERS) if (v := installed(p))}
+    versions = {"torch": torch.__version__} | {p: v for p in ("triton", *PEERS, "transformers") if (v := installed(p))}
     result = {"gpu": o.name, "versions": versions}
     result |= {"dtype": o.type, "way": o.way, "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"}
     result["command"] = " ".join(["python benchmark.py", *sys.argv[1:]])
@@ -1076,7 +1081,7 @@ def main():
         rates = [f"{k} {v / 1e12:.4g} {'TB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in o.rates.items()]
         print("Measured here: " + ", ".join(rates) + "\n")
     else:
-        print("No GPU: the PyTorch twins against eager PyTorch on small shapes. This says nothing about the kernels.\n")
+        print("No CUDA or ROCm GPU: the PyTorch twins against eager PyTorch on small shapes. This says nothing about the kernels.\n")
     missing = []
     for op in ops:
         if op == "host":
@@ -1084,7 +1089,7 @@ def main():
             head = ["host's time of one call at one token", "us", "x first"]
             print(tabulate(rows, head, tablefmt="github", floatfmt=("", ".1f", ".2f")) + "\n")
         elif op == "model":
-            result[op] = model_steps(o, args.plot)
+            result[op] = model_steps(o)
             missing += [f"{step}: {name}" for step, rows in result[op].items() for name in rows if not rows[name]]
         else:
             make, full, small = OPS[op]
@@ -1108,10 +1113,10 @@ def main():
             print_table(f"{op} {o.way}", rows, o)
             if op == "int8_gemm" and not o.backward:
                 print(*crossovers(rows), sep="\n", end="\n\n")
-            if args.plot:
-                plot(op, rows, args.plot, o)
         if args.json:  # after every op: a run cut short keeps what it has
             pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        if args.plot and result[op] and op != "host":
+            plot_model(result[op], args.plot, o) if op == "model" else plot(op, result[op], args.plot, o)
     if missing:
         sys.exit(f"no result of ours for {', '.join(missing)}")
 

@@ -80,7 +80,7 @@ def get_device_properties(device: torch.device | str | int | None = None) -> dic
         if torch.version.hip:
             arch = p.gcnArchName.split(":")[0]
             fp8 = arch.startswith(("gfx950", "gfx12"))  # gfx942 has fp8 of the fnuz kind, whose values differ
-            int8 = arch.startswith(("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"))
+            bf16 = int8 = arch.startswith(("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"))
         else:
             fp16, bf16, fp8, int8 = (capability >= c for c in ((5, 3), (8, 0), (8, 9), (7, 2)))
     elif device.type == "xpu":

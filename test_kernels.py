@@ -31,6 +31,7 @@ if not GPU:
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HERE = pathlib.Path(__file__).resolve().parent
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 triton = pytest.importorskip("triton")
@@ -83,13 +84,12 @@ class Beside:
         items.sort(key=lambda item: item.name.startswith("test_ahead_of_time") * 2 or not item.originalname.endswith(LARGE))
 
     def pytest_collection_finish(self, session):
-        cores = len(os.sched_getaffinity(0))
-        if len(session.items) < 200 or cores < 4 or session.config.option.collectonly or hasattr(session.config, "workerinput"):
+        count = min(CORES, torch.cuda.get_device_properties(0).total_memory // 2**32)
+        if len(session.items) < 200 or CORES < 4 or count < 2 or session.config.option.collectonly or hasattr(session.config, "workerinput"):
             return
         options = session.config.getoption("--load-calls", None) is not None  # which are known in this process only
         here = (*LARGE, "test_fuzz", "test_trust_load") if options else LARGE
         names = [item.name for item in session.items if not item.originalname.endswith(here) and not item.name.startswith("test_ahead_of_time")]
-        count = min(cores, torch.cuda.get_device_properties(0).total_memory // 2**32)
         pool = concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
         for share in (names[i::count] for i in range(count)):
             self.shares |= dict.fromkeys(share, pool.submit(run_beside, set(share)))
@@ -418,9 +418,9 @@ BENCHMARKED = {"rmsnorm", "rmsnorm_residual", "swiglu", "rope", "rope_angles", "
 @pytest.mark.skipif(GPU, reason="a second run, without the GPU at hand, would take the suite's time")
 def test_benchmark_without_a_gpu(tmp_path):
     """Every op, forward and backward: the header, a table each, a figure of ours in every row."""
-    out = run_file("benchmark.py", "--json", str(tmp_path / "f.json"))
-    assert "No GPU" in out and torch.__version__ in out and "python benchmark.py --json" in out
-    figures = json.loads((tmp_path / "f.json").read_text())
+    out = run_file("benchmark.py", "--json", str(tmp_path / "new" / "f.json"))
+    assert "No CUDA or ROCm GPU" in out and torch.__version__ in out and "python benchmark.py --json" in out
+    figures = json.loads((tmp_path / "new" / "f.json").read_text())
     for op in BENCHMARKED:
         assert f"| {op} forward" in out and all(row["us"]["ours"] > 0 for row in figures[op])
     assert "host's time" in out and {row[0] for row in figures["host"]} > {"rmsnorm", "swiglu_fused", "int8_gemm W8A16"}
@@ -436,6 +436,29 @@ def test_benchmark_bad_arguments():
             [sys.executable, str(HERE / "benchmark.py"), *arguments], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 2 and message in done.stderr
+
+
+NO_NUMBER = """
+import sys, torch, benchmark, rmsnorm, rope
+residual, rotate = rmsnorm.rmsnorm_residual_fused, rope.apply_rope
+rmsnorm.rmsnorm_residual_fused = lambda *a, **k: (residual(*a, **k)[0], residual(*a, **k)[1] * float("nan"))
+rope.apply_rope = lambda *a, **k: (rotate(*a, **k)[0] * 1.01, rotate(*a, **k)[1])
+sys.argv[1:] = ["rmsnorm_residual", "rope", "fp8_gemm", "--backward"][: int(sys.argv[1])]
+benchmark.main()
+"""
+
+
+@pytest.mark.skipif(GPU, reason="a second run, without the GPU at hand, would take the suite's time")
+def test_benchmark_gives_a_wrong_result_no_number(tmp_path):
+    """NaN in the second output, or 1 % off in the first: no row of ours, a note of why, an exit that says so."""
+    (tmp_path / "wrong.py").write_text(NO_NUMBER)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE)}
+    for arguments in (2, 4):
+        done = subprocess.run([sys.executable, "wrong.py", str(arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1 and "no result of ours for rmsnorm_residual" in done.stderr and ", rope " in done.stderr
+        assert "ours: relative error nan" in done.stderr and "ours: relative error 0.01" in done.stderr
+        assert "|      - |" in done.stdout
+        assert ("no backward pass to time: fp8_gemm" in done.stderr) == (arguments == 4)
 
 
 @needs_gpu
@@ -1575,7 +1598,7 @@ def test_rope_embedding_dynamic_scaling():
     assert torch.equal(embed(q[:, :8], None)[0], rope.apply_rope(q[:, :8], None, *plain)[0])
 
 
-def _rope_aot(q="bf16", table="fp32", D=128, R=None, interleaved=False, out="bshd", angles=False, positions=None, k=True):
+def _rope_aot(q="bf16", table="fp32", D=128, R=None, interleaved=False, out="bshd", angles=False, positions=None, k=True, warps=1):
     R = R or D
     bits = (R // 2 - 1).bit_length()
     BLOCK_T, BLOCK_H = rope._tile(D, angles)
@@ -1586,13 +1609,13 @@ def _rope_aot(q="bf16", table="fp32", D=128, R=None, interleaved=False, out="bsh
               "R": R, "REST": triton.next_power_of_2(D - R) if R < D else 0, "INTERLEAVED": interleaved, "NEGATE": False, "OUT": out, "BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H}  # fmt: skip
     none = (["cos_ptr", "sin_ptr"] if angles else []) + ([] if positions else ["position_ptr"]) + ([] if k else ["k_ptr", "k_out_ptr"])
     values |= dict.fromkeys(none)
-    return ("rope", "_rope_kernel", {n: t for n, t in signature.items() if n not in values}, values, 1, None, {})
+    return ("rope", "_rope_kernel", {n: t for n, t in signature.items() if n not in values}, values, warps, None, {})
 
 
 AOT += [
     _rope_aot(), _rope_aot(interleaved=True, out="bhsd"), _rope_aot("fp16", "fp16", 64, positions="i64"), _rope_aot("fp32", D=80, out="inplace"),
     _rope_aot("fp16", D=96, interleaved=True, k=False), _rope_aot(D=256, table="bf16", positions="i32"), _rope_aot(D=80, R=32),
-    _rope_aot(angles=True, interleaved=True), _rope_aot("fp16", angles=True), _rope_aot("fp32", angles=True, interleaved=True),
+    _rope_aot(angles=True, interleaved=True), _rope_aot("fp16", angles=True, warps=4), _rope_aot("fp32", angles=True, interleaved=True),
 ]  # fmt: skip
 
 ALONE["rope"] = """
@@ -2161,7 +2184,7 @@ def _fused_aot(H, D, whole, interleaved=False, backward=False, **none):
 AOT += [
     *_fused_aot(32, 128, True, **_NO_K, position_ptr=None), *_fused_aot(40, 128, True, **_NO_K), *_fused_aot(32, 128, False),
     *_fused_aot(8, 256, False, interleaved=True), *_fused_aot(32, 128, True, backward=True, **_NO_K_BWD, position_ptr=None),
-    *_fused_aot(32, 128, False, backward=True), *_fused_aot(8, 256, False, backward=True),
+    *_fused_aot(32, 128, False, backward=True), *_fused_aot(16, 256, False, backward=True),
 ]  # fmt: skip
 
 ALONE["fused_rmsnorm_rope"] = """
@@ -2764,7 +2787,7 @@ def _gated_tma_aot(BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, keep, targets=(90, 
 
 AOT += [
     _gated_aot("_gated_row_kernel", None, 4, 1, "bf16", BLOCK_I=1, BLOCK_K=1024),
-    _gated_aot("_gated_row_kernel", (80, "gfx942"), 4, 1, "fp32", BLOCK_I=1, BLOCK_K=1024),
+    _gated_aot("_gated_row_kernel", (80, "gfx942"), 2, 1, "fp32", BLOCK_I=1, BLOCK_K=512),
     _gated_aot("_gated_mlp_kernel", _TENSOR_CORES, 4, 4, "bf16", IEEE=False, BLOCK_M=16, BLOCK_I=32, BLOCK_K=128),
     _gated_aot("_gated_mlp_kernel", _TENSOR_CORES, 4, 3, "fp16", IEEE=False, BLOCK_M=64, BLOCK_I=64, BLOCK_K=64),
     _gated_aot("_gated_mlp_kernel", _TENSOR_CORES, 8, 3, "bf16", IEEE=False, BLOCK_M=128, BLOCK_I=64, BLOCK_K=64),
@@ -5262,7 +5285,7 @@ else:
     importlib = benchmark.importlib
     benchmark.peer = lambda path: {transformers} and path == "transformers" and importlib.import_module(path)
     benchmark.TINY_STEPS[0] = "prefill", 2, 24, 2
-steps = benchmark.model_steps(o, None)
+steps = benchmark.model_steps(o)
 assert all(all(rows.values()) for rows in steps.values()), "a variant failed"
 assert {transformers} == all("transformers" in rows for rows in steps.values())
 if not o.gpu:
@@ -6166,7 +6189,7 @@ def fuzz_share(name, seed, seconds):
 @pytest.fixture(scope="session")
 def fuzz_processes(request):
     """On a GPU a process for each function, since most of the time goes into compilation."""
-    option, cores = request.config.getoption, len(os.sched_getaffinity(0))
+    option, cores = request.config.getoption, CORES
     seconds, seed = option("--fuzz-seconds", 5.0), option("--fuzz-seed", 0)
     pool = concurrent.futures.ProcessPoolExecutor(min(cores, len(FUZZ)), multiprocessing.get_context("spawn"))
     shares = {name: pool.submit(fuzz_share, name, seed, seconds * min(1, cores / len(FUZZ))) for name in FUZZ}
@@ -6222,7 +6245,7 @@ def trust_compile(row_counts):
             for rows in row_counts:
                 outputs_and_grads(case[1], case[2](rows), {})
 
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)) if GPU else 1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(CORES if GPU else 1) as pool:
         list(pool.map(work, COMPILE))
 
 
@@ -7816,7 +7839,7 @@ def build(job):
 if __name__ == "__main__":
     os.nice(int(sys.argv[2]))
     jobs = json.loads(sys.stdin.read())
-    with concurrent.futures.ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(max(1, CORES - 1)) as pool:
         print(json.dumps(list(pool.map(build, jobs))))
 """
 
