@@ -68,9 +68,13 @@ def fused_qk_norm_rope_torch(
     return tuple(t.unflatten(-1, (-1, D)) for t in (q, k, v))
 
 
-def _index(n):
+def _index(n, name):
     """n, an int where it is NumPy's."""
-    return n if n is None or isinstance(n, (int, torch.SymInt)) else operator.index(n)
+    if n is not None and not isinstance(n, (int, torch.SymInt)):
+        if not hasattr(n, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {n!r}")
+        n = operator.index(n)
+    return n
 
 
 def _head_dim(x, weight, cos, num_heads):
@@ -496,7 +500,8 @@ def fused_rmsnorm_rope(
         weight: (H * D,): norm over the whole row (OLMo 2); (D,): norm of each head (Qwen 3, Gemma 3); any float dtype
         cos, sin: (S, D/2) or (B, S, D/2); or D wide, the halves repeated (only the first is read), (1, S, 1, D) among
             them; any float dtype; more than S rows serve the positions 0 to S - 1
-        num_heads: H. Without it D is the length of a weight (D,), else the tables' width: half-wide ones need it there
+        num_heads: H. Without it D is the length of a weight shorter than the row, else (one head too) the tables'
+            width: half-wide ones need it there
         offset: added to the weight in float32; Gemma's is 1
         interleaved: pairs (2i, 2i + 1) instead of (i, i + D/2)
         position_ids: (S,) or (B, S), integers: the rows of two-dimensional tables to use, NaN outside them
@@ -507,7 +512,7 @@ def fused_rmsnorm_rope(
         raise ValueError(f"x must be (B, S, H * D), got shape {tuple(x.shape)}")
     if weight.dim() != 1 or not weight.shape[0]:
         raise ValueError(f"weight must be (H * D,) or (D,), got shape {tuple(weight.shape)}")
-    num_heads = _index(num_heads)
+    num_heads = _index(num_heads, "num_heads")
     width, D = x.shape[-1], _head_dim(x, weight, cos, num_heads)
     if D < 2 or D % 2 or width % D or (num_heads is not None and num_heads * D != width):
         if num_heads is not None:
@@ -538,9 +543,9 @@ def fused_qk_norm_rope(
         raise ValueError(f"q_weight must be (D,) of an even head_dim D, got shape {tuple(q_weight.shape)}")
     if k_weight.shape != q_weight.shape:
         raise ValueError(f"k_weight must have q_weight's shape {tuple(q_weight.shape)}, got {tuple(k_weight.shape)}")
-    num_heads, num_kv_heads = _index(num_heads), _index(num_kv_heads)
+    num_heads, num_kv_heads = _index(num_heads, "num_heads"), _index(num_kv_heads, "num_kv_heads")
     for name, n in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if n < 1:
+        if n is None or n < 1:
             raise ValueError(f"{name} must be positive, got {n}")
     D = q_weight.shape[0]
     width = (num_heads + 2 * num_kv_heads) * D
@@ -548,7 +553,7 @@ def fused_qk_norm_rope(
         raise ValueError(f"qkv must be (B, S, {width}), got shape {tuple(qkv.shape)}")
     heads = num_heads, num_kv_heads, D
     q, k, v = _dispatch(qkv, q_weight, k_weight, cos, sin, position_ids, *heads, eps, offset, interleaved)
-    if v.dtype != qkv.dtype:  # autocast has cast what it norms
+    if v.dtype != qkv.dtype or qkv.stride(-1) != 1:  # autocast, or the kernel, has read a copy
         v = qkv[..., -num_kv_heads * D :].unflatten(-1, (num_kv_heads, D))
     return q, k, v
 
@@ -573,7 +578,7 @@ class FusedRMSNormRoPE(_Norm):
         self, hidden_dim: int, head_dim: int, eps: float = 1e-6, *, per_head: bool = False, offset: float = 0.0,
         device=None, dtype=None
     ):  # fmt: skip
-        hidden_dim, head_dim = _index(hidden_dim), _index(head_dim)
+        hidden_dim, head_dim = _index(hidden_dim, "hidden_dim"), _index(head_dim, "head_dim")
         if head_dim < 2 or head_dim % 2 or hidden_dim < 1 or hidden_dim % head_dim:
             raise ValueError(f"head_dim must be even and divide hidden_dim {hidden_dim}, got {head_dim}")
         super().__init__(head_dim if per_head else hidden_dim, offset, device, dtype)

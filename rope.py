@@ -90,6 +90,15 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
     return keep * inv_freq + (1 - keep) * inv_freq / factor, attention_factor
 
 
+def _index(n, name):
+    """n, an int where it is NumPy's."""
+    if n is not None and not isinstance(n, (int, torch.SymInt)):
+        if not hasattr(n, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {n!r}")
+        n = operator.index(n)
+    return n
+
+
 def build_rope_cache(
     seq_len: int, head_dim: int, base: float = 10000.0, *, scaling: dict | None = None, device=None,
     dtype: torch.dtype = torch.float32
@@ -102,9 +111,10 @@ def build_rope_cache(
 
     Raises: ValueError for a negative seq_len, an odd head_dim, an unknown rope_type or one whose entries are missing.
     """
+    seq_len, head_dim = _index(seq_len, "seq_len"), _index(head_dim, "head_dim")
     if seq_len < 0:
         raise ValueError(f"seq_len must not be negative, got {seq_len}")
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     device = torch.empty(0).device if device is None else torch.device(device)
     wide = torch.device("cpu") if device.type == "mps" else device  # which has no float64
@@ -112,11 +122,6 @@ def build_rope_cache(
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=wide), inv_freq)
     cos, sin = ((t * attention_factor).to(dtype) for t in (angles.cos(), angles.sin()))
     return cos.to(device), sin.to(device)
-
-
-def _index(n):
-    """n, an int where it is NumPy's."""
-    return n if n is None or isinstance(n, (int, torch.SymInt)) else operator.index(n)
 
 
 def _rotary_dim(D, cos, rotary_dim):
@@ -480,7 +485,7 @@ def apply_rope(
     or k is q; TypeError for dtypes.
     """
     _check_qk(q, k, (3, 4))
-    R = _check_tables(q, cos, sin, position_ids, _index(rotary_dim))
+    R = _check_tables(q, cos, sin, position_ids, _index(rotary_dim, "rotary_dim"))
     if inplace:
         if k is q:
             raise ValueError("inplace must be False where k is q")
@@ -556,13 +561,15 @@ class RotaryEmbedding(nn.Module):
         scaling: dict | None = None, device=None
     ):  # fmt: skip
         super().__init__()
+        dim, max_seq_len = _index(dim, "dim"), _index(max_seq_len, "max_seq_len")
         if scaling is None and (dim < 2 or dim % 2):  # of scaled ones a part may rotate: build_rope_cache checks
             raise ValueError(f"dim must be an even number, 2 at least, got {dim}")
         if max_seq_len < 0:
             raise ValueError(f"max_seq_len must not be negative, got {max_seq_len}")
         self.dim, self.max_seq_len, self.base, self.interleaved = dim, max_seq_len, base, interleaved
-        self.scaling = None if scaling is None else {"max_position_embeddings": max_seq_len, **scaling}
-        self.dynamic = scaling is not None and "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
+        known = isinstance(scaling, dict)  # else build_rope_cache says what is wrong
+        self.scaling = {"max_position_embeddings": max_seq_len, **scaling} if known else scaling
+        self.dynamic = known and "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
         self._cos, self._sin = self._build(max_seq_len, device)
 
     def _build(self, rows, device):
@@ -593,6 +600,8 @@ class RotaryEmbedding(nn.Module):
         _check_qk(q, k, (3, 4))
         length = q.shape[-3] if seq_len is None else max(q.shape[-3], seq_len)
         cos, sin = _on_mesh_of(q, *self._tables(length, q))
+        if q.shape[-1] < 2 * cos.shape[-1]:
+            raise ValueError(f"q must have a head_dim of at least {2 * cos.shape[-1]}, got shape {tuple(q.shape)}")
         return apply_rope(
             q, k, cos, sin, interleaved=self.interleaved, position_ids=position_ids, rotary_dim=2 * cos.shape[-1]
         )
@@ -613,7 +622,8 @@ class RoPEAttention(nn.Module):
         n_kv_heads: int | None = None, interleaved: bool = False, bias: bool = False, device=None, dtype=None
     ):  # fmt: skip
         super().__init__()
-        n_heads, n_kv_heads = _index(n_heads), _index(n_heads if n_kv_heads is None else n_kv_heads)
+        n_heads = _index(n_heads, "n_heads")
+        n_kv_heads = n_heads if n_kv_heads is None else _index(n_kv_heads, "n_kv_heads")
         if n_heads < 1:
             raise ValueError(f"n_heads must be positive, got {n_heads}")
         if d_model < 1 or d_model % (2 * n_heads):

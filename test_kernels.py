@@ -1659,7 +1659,7 @@ COMPILE += [
     ("rope-angles", lambda q, k: rope.rope_triton(q, k), lambda n: _rope_compile_args(n)[:2]),
     ("rope-one", lambda q, c, s: (rope.apply_rope(q, None, c, s)[0], rope.rope_triton(q, None)[0]), lambda n: [t for i, t in enumerate(_rope_compile_args(n)) if i != 1]),
 ]
-BUCKETS |= {"rope-half": 1, "rope-interleaved": 1, "rope-positions": 1, "rope-angles": 1}
+BUCKETS |= {"rope-half": 2, "rope-interleaved": 2, "rope-positions": 2, "rope-angles": 2}  # the backward's shapes; few programs
 
 GRADCHECK += [
     (f"rope-{n}", lambda q, k, c, s, i=n == "interleaved": rope.rope_torch(q, k, c, s, interleaved=i), lambda: [randn(1, 2, 2, 6).double(), randn(1, 2, 1, 6).double(), *(t.double() for t in _rope_tables(2, 4))])
@@ -1688,6 +1688,15 @@ _llama3 = {**_yarn, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fa
 ERRORS += [
     ("rope-scaling-nested", lambda: rope.build_rope_cache(4, 16, scaling={"full_attention": _yarn, "sliding_attention": {}}), ValueError, "scaling must be the dict of one kind of layer.*full_attention"),
     ("rope-scaling-type", lambda: rope.build_rope_cache(4, 16, scaling=2.0), TypeError, "scaling must be a dict or None, got float"),
+    ("rope-module-scaling", lambda: rope.RotaryEmbedding(8, scaling="linear"), TypeError, "scaling must be a dict or None, got str"),
+    ("rope-module-length", lambda: rope.RotaryEmbedding(8, 2048.0), TypeError, "max_seq_len must be an integer, got 2048.0"),
+    ("rope-module-head", lambda: rope.RotaryEmbedding(8, 4, device=DEVICE)(randn(1, 3, 1, 6), None), ValueError, r"q must have a head_dim of at least 8, got shape \(1, 3, 1, 6\)"),
+    ("rope-cache-length", lambda: rope.build_rope_cache(4.5, 8), TypeError, "seq_len must be an integer, got 4.5"),
+    ("rope-cache-head", lambda: rope.build_rope_cache(4, 8.5), TypeError, "head_dim must be an integer, got 8.5"),
+    ("rope-cache-dtype", lambda: rope.build_rope_cache(4, 8, dtype=None), TypeError, "dtype must be floating point, got None"),
+    ("rope-rotary-float", _rope_bad({}, rotary_dim=8.0), TypeError, "rotary_dim must be an integer, got 8.0"),
+    ("fused-heads-float", lambda: fused_rmsnorm_rope.fused_rmsnorm_rope(randn(2, 5, 64), randn(64), randn(5, 8), randn(5, 8), num_heads=4.0), TypeError, "num_heads must be an integer, got 4.0"),
+    ("fused-qk-heads", lambda: fused_rmsnorm_rope.fused_qk_norm_rope(randn(2, 5, 64), randn(16), randn(16), randn(5, 8), randn(5, 8), num_heads=None, num_kv_heads=1), ValueError, "num_heads must be positive, got None"),
     ("rope-scaling-trained", lambda: rope.build_rope_cache(4, 16, scaling=_yarn | {"original_max_position_embeddings": 0}), ValueError, "original_max_position_embeddings must be positive, got 0"),
     ("rope-scaling-yarn-base", lambda: rope.build_rope_cache(4, 16, 1.0, scaling=_yarn), ValueError, "base must be greater than 1 for yarn, got 1.0"),
     ("rope-scaling-llama3", lambda: rope.build_rope_cache(4, 16, scaling=_llama3), ValueError, "low_freq_factor and high_freq_factor must differ, got 1.0"),
@@ -1931,8 +1940,7 @@ def test_fused_qk_norm_rope(case, dtype, interleaved):
     assert q.is_contiguous() and k.is_contiguous() and q.dtype == k.dtype == v.dtype == dtype
     with torch.no_grad():
         v = fn(*args, **options)[2]
-        if args[0].stride(-1) == 1:
-            assert v.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr(), "v is not a view"
+        assert v.data_ptr() == args[0][..., -v.shape[2] * v.shape[3] :].data_ptr(), "v is not a view"
 
 
 def test_fused_equals_the_composition():
