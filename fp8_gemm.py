@@ -52,7 +52,13 @@ _TINY = 2.0**-126  # the smallest scale: the reciprocal of a smaller one could b
 def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
     """Scales of blocks of 128, repeated along the last two dimensions until they broadcast to shape."""
     for d in range(-min(scale.ndim, 2), 0):
-        if scale.shape[d] not in (1, shape[d]):
+        if scale.shape[d] == shape[d]:
+            continue
+        if torch.compiler.is_compiling():
+            # By an index: Inductor's CPU code errs on a column // 128, and broadcasts no size of 1 that was a symbol
+            at = (torch.arange(shape[d], device=scale.device) >> 7).clamp(max=scale.shape[d] - 1)
+            scale = scale.index_select(d, at)
+        elif scale.shape[d] != 1:
             scale = scale.repeat_interleave(128, d).narrow(d, 0, shape[d])
     return scale
 
@@ -72,7 +78,7 @@ def quantize_fp8_torch(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, 
         amax = pooled if rows == 128 else pooled.t().contiguous().t()
         amax = amax.view(*x.shape[:-1], amax.shape[1]) if x.ndim != 2 else amax
     elif granularity == "row":
-        amax = magnitude.amax(-1, keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-1], 1)
+        amax = magnitude.amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     else:
         amax = magnitude.amax() if x.numel() else x.new_zeros(())
     scale = amax / torch.full_like(amax, _FP8_MAX)  # by a number, CUDA would multiply with its rounded reciprocal
@@ -501,10 +507,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
-    if triton is None:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
+    under torch.compile none whose size the data decides."""
+    compiling = torch.compiler.is_compiling()
+    if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
-    if not torch.compiler.is_compiling() and (
+    if not compiling and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
     ):  # fmt: skip
@@ -512,7 +520,8 @@ def _kernel_serves(*tensors) -> bool:
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # with `is` torch 2.8's dynamo errs
-            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not compiling))
+            or (compiling and torch.fx.experimental.symbolic_shapes.guard_or_true(t.numel() == 0))
         ):  # fmt: skip
             return False
     return True
@@ -551,7 +560,7 @@ def quantize_fp8(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor
         shape = "(M, K)" if granularity == "block2d" else "(..., K)"
         raise ValueError(f"x must have shape {shape}, got {tuple(x.shape)}")
     # the interpreter rounds to fp8 wrongly; below compute capability 8.9 there is no e4m3 to store
-    if not x.numel() or not _kernel_serves(x) or _INTERPRET or _gpu(x)[0] < (8, 9):
+    if not _kernel_serves(x) or not x.numel() or _INTERPRET or _gpu(x)[0] < (8, 9):
         return quantize_fp8_torch(x, granularity)
     if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
@@ -601,7 +610,7 @@ def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     if x_fp8.device != scale.device:
         raise ValueError(f"scale must be on {x_fp8.device}, got {scale.device}")
     sizes = enumerate(zip(scale.shape[::-1], x_fp8.shape[::-1]))
-    if scale.ndim > x_fp8.ndim or any(s not in (1, n) and (s != -(-n // 128) or i > 1) for i, (s, n) in sizes):
+    if scale.ndim > x_fp8.ndim or any(s != n and s != 1 and (s != -(-n // 128) or i > 1) for i, (s, n) in sizes):
         raise ValueError(f"scale must fit {tuple(x_fp8.shape)} or its blocks of 128, got {tuple(scale.shape)}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return (x_fp8.to(wide) * _spread(scale, x_fp8.shape).to(wide)).to(dtype)
@@ -610,8 +619,8 @@ def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
 def _has_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None) -> bool:
     """Whether the scales are blocks'. None, the scale of an operand to be quantised, goes with any."""
     (M, K), N = a.shape, b.shape[1]
-    singles = [s is None or (s.numel() == 1 and s.ndim <= 2) for s in (a_scale, b_scale)]
-    if (singles[0] or a_scale.shape == (M, 1)) and (singles[1] or b_scale.shape == (1, N)):
+    rows = a_scale is None or a_scale.shape == (M, 1) or (a_scale.numel() == 1 and a_scale.ndim <= 2)
+    if rows and (b_scale is None or b_scale.shape == (1, N) or (b_scale.numel() == 1 and b_scale.ndim <= 2)):
         return False
     k, n = -(-K // 128), -(-N // 128)
     if (a_scale is None or a_scale.shape == (M, k)) and (b_scale is None or b_scale.shape == (k, n)):
@@ -792,7 +801,8 @@ def _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, groups, sms
 
 def _product(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) -> Tensor:
     """fp8_gemm of checked fp8 operands; dtype may be float64 too."""
-    if not a.numel() or not b.numel() or dtype == torch.float64 or not _kernel_serves(a, b, a_scale, b_scale, bias):
+    serves = dtype != torch.float64 and _kernel_serves(a, b, a_scale, b_scale, bias)
+    if not serves or not a.numel() or not b.numel():
         return fp8_gemm_torch(a, b, a_scale, b_scale, dtype, bias, fast_accum=fast_accum)
     if a.is_cuda and not torch.compiler.is_compiling() and a.get_device() != torch.cuda.current_device():
         with torch.cuda.device(a.device):  # Triton launches on the current device, not on a's
@@ -873,7 +883,7 @@ class _FP8Linear(torch.autograd.Function):
 
 def _linear(x, b, b_scale, bias, granularity) -> Tensor:
     M, K = x.shape
-    if M == 1 and K <= 16384 and _kernel_serves(x) and not _INTERPRET and _gpu(x)[0] >= (8, 9):
+    if _kernel_serves(x) and M == 1 and K <= 16384 and not _INTERPRET and _gpu(x)[0] >= (8, 9):
         a, a_scale = x, None  # quantised in the product's own launch: the host's time of a call 26 us, else 54 (H200)
     else:
         a, a_scale = quantize_fp8(x, granularity)
@@ -944,11 +954,12 @@ class FP8Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, granularity: str = "row") -> "FP8Linear":
-        """For inference: the fp8 weight alone (buffers weight_fp8 and weight_scale), half the memory. The bias
-        parameter is taken over as it is; gradients to x and bias go through the dequantised weight."""
+        """For inference: the fp8 weight alone (buffers weight_fp8 and weight_scale), half the memory. A bias parameter
+        is taken over as it is; gradients to x and bias go through the dequantised weight."""
         new = cls(0, 0, False, granularity, device="meta")
         new.in_features, new.out_features = linear.in_features, linear.out_features
-        new.weight, new.bias = None, linear.bias
+        bias = linear.bias  # a parametrised or pruned one is a plain tensor
+        new.weight, new.bias = None, bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         b, b_scale = new._quantize(linear.weight)
         new.register_buffer("weight_fp8", b.t())
         new.register_buffer("weight_scale", b_scale.t())
@@ -1031,7 +1042,8 @@ class FP8Linear(nn.Module):
         # when compiled, 2-D x is reshaped, too, so that K is a number: a symbol fails in training (torch 2.11, dynamic)
         as_is = x.ndim == 2 and not torch.compiler.is_compiling()
         rows = x if as_is else x.reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features)
-        if weight_trains or training and (x.requires_grad or bias is not None and bias.requires_grad):
+        trains = weight_trains or training and (x.requires_grad or bias is not None and bias.requires_grad)
+        if trains and not torch.jit.is_tracing():  # which would record the Function, not what it does
             y = _FP8Linear.apply(rows, weight, bias, *quantized, self.granularity)
         else:
             y = _linear(rows, *quantized, bias, self.granularity)

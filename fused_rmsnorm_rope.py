@@ -308,10 +308,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
-    if triton is None:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
+    under torch.compile none whose size the data decides."""
+    compiling = torch.compiler.is_compiling()
+    if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
-    if not torch.compiler.is_compiling() and (
+    if not compiling and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
     ):  # fmt: skip
@@ -319,7 +321,8 @@ def _kernel_serves(*tensors) -> bool:
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
-            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not compiling))
+            or (compiling and torch.fx.experimental.symbolic_shapes.guard_or_true(t.numel() == 0))
         ):  # fmt: skip
             return False
     return True
@@ -443,7 +446,7 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
         if t is not None and t.device != x.device:
             raise ValueError(f"{n} must be on {name}'s device {x.device}, got {t.device}")
     B, S, shape, dims = *x.shape[:2], tuple(cos.shape), cos.dim()
-    if not (dims == 2 or (dims == 3 and shape[0] in (1, B)) or (dims == 4 and shape[0] == shape[2] == 1)):
+    if not (dims == 2 or (dims == 3 and (shape[0] == 1 or shape[0] == B)) or (dims == 4 and shape[0] == shape[2] == 1)):
         raise ValueError(f"cos must be (S, W), ({B}, S, W), (1, S, W) or (1, S, 1, W), got shape {shape}")
     if sin.shape != cos.shape:
         raise ValueError(f"sin must have cos's shape {shape}, got {tuple(sin.shape)}")
@@ -457,15 +460,13 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
         raise TypeError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
     elif dims != 2:
         raise ValueError(f"position_ids must go with tables of two dimensions, got cos of shape {shape}")
-    elif position_ids.shape[-1:] != (S,) or not (
-        position_ids.dim() == 1 or position_ids.dim() == 2 and position_ids.shape[0] in (1, B)
-    ):
+    elif (ids := position_ids.shape)[-1:] != (S,) or len(ids) > 2 or (len(ids) == 2 and ids[0] != 1 and ids[0] != B):
         raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(position_ids.shape)}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         # To what autocast makes of F.rms_norm's input: float32 in newer releases on CUDA
-        x = x.to(F.rms_norm(x.new_empty(0, 1), (1,)).dtype)
+        x = x.to(F.rms_norm(x.new_empty(()).expand(0, 1), (1,)).dtype)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if learned or not x.numel() or not _kernel_serves(x, q_weight, k_weight, cos, sin, position_ids):
+    if learned or not _kernel_serves(x, q_weight, k_weight, cos, sin, position_ids) or not x.numel():
         options = {"offset": offset, "interleaved": interleaved, "position_ids": position_ids}
         if k_weight is None:
             return fused_rmsnorm_rope_torch(x, q_weight, cos, sin, eps, Hq, **options)

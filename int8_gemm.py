@@ -48,7 +48,7 @@ def quantize_symmetric_torch(tensor: Tensor, bits: int = 8, dim: int | None = No
     """Twin of quantize_symmetric."""
     qmax = 2 ** (bits - 1) - 1
     x = tensor.detach().float()
-    reduce = torch.amax if x.numel() else torch.sum  # nothing has no maximum, but a sum: 0
+    reduce = torch.amax if (x.numel() if dim is None else x.shape[dim]) else torch.sum  # nothing has a sum alone: 0
     amax = reduce(x.abs()) if dim is None else reduce(x.abs(), dim, keepdim=True)
     scale = amax / torch.full_like(amax, qmax)  # CUDA multiplies by a Python number's reciprocal: not correctly rounded
     scale = torch.where(scale == 0, 1.0, scale)
@@ -515,10 +515,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
-    if triton is None:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
+    under torch.compile none whose size the data decides."""
+    compiling = torch.compiler.is_compiling()
+    if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
-    if not torch.compiler.is_compiling() and (
+    if not compiling and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
     ):  # fmt: skip
@@ -526,10 +528,19 @@ def _kernel_serves(*tensors) -> bool:
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
-            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not compiling))
+            or (compiling and torch.fx.experimental.symbolic_shapes.guard_or_true(t.numel() == 0))
         ):  # fmt: skip
             return False
     return True
+
+
+def _one_of(values, n):
+    """The value that equals n, or None: a number even where torch.compile traces n as a symbol."""
+    for value in values:
+        if value == n:
+            return value
+    return None
 
 
 def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) -> tuple[Tensor, Tensor]:
@@ -543,16 +554,19 @@ def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) ->
     """
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         raise TypeError(f"tensor must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if bits not in range(2, 9):
+    if (known_bits := _one_of(range(2, 9), bits)) is None:
         raise ValueError(f"bits must be 2 to 8, got {bits!r}")
-    if dim is not None and not (hasattr(dim, "__index__") and -tensor.ndim <= dim < tensor.ndim):
+    integer = torch.compiler.is_compiling() or hasattr(dim, "__index__")
+    known_dim = _one_of(range(-tensor.ndim, tensor.ndim), dim) if integer else None
+    if dim is not None and known_dim is None:
         raise ValueError(f"dim must be a dimension of tensor {tuple(tensor.shape)} or None, got {dim!r}")
-    if not tensor.numel() or not _kernel_serves(tensor):
+    bits, dim = known_bits, known_dim
+    if not _kernel_serves(tensor) or not tensor.numel():
         return quantize_symmetric_torch(tensor, bits, dim)
     if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.get_device() != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):  # Triton launches on the current device, not on tensor's
             return quantize_symmetric(tensor, bits, dim)
-    tensor, qmax = tensor.detach(), 2 ** (int(bits) - 1) - 1
+    tensor, qmax = tensor.detach(), 2 ** (bits - 1) - 1
     if dim is None:  # two passes: the scale by PyTorch, then the quotients
         x = tensor.contiguous()
         amax = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
@@ -603,10 +617,10 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     given, learned = tuple(scale.shape), scale.requires_grad and torch.is_grad_enabled()
     if scale.ndim == 1 and quantized.ndim == 2:
         scale = scale.unsqueeze(1)
-    if scale.ndim > quantized.ndim or any(s not in (1, n) for s, n in zip(scale.shape[::-1], quantized.shape[::-1])):
+    if scale.ndim > quantized.ndim or any(s != n and s != 1 for s, n in zip(scale.shape[::-1], quantized.shape[::-1])):
         raise ValueError(f"scale must broadcast to {tuple(quantized.shape)}, got {given}")
     rows = quantized.ndim == 2 and scale.shape == (quantized.shape[0], 1) and not learned
-    if not rows or not quantized.numel() or dtype == torch.float64 or not _kernel_serves(quantized, scale):
+    if not rows or dtype == torch.float64 or not _kernel_serves(quantized, scale) or not quantized.numel():
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return (quantized.to(wide) * scale.to(wide)).to(dtype)
     if quantized.is_cuda and not torch.compiler.is_compiling() and scale.get_device() != torch.cuda.current_device():
@@ -922,7 +936,7 @@ def int8_gemm(
         with torch.autocast(device_type, enabled=False):
             return int8_gemm(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
     if (
-        not x.numel() or not N or not _kernel_serves(x, weight_int8, scale, bias)
+        not _kernel_serves(x, weight_int8, scale, bias) or not x.numel() or not N
         or (_INTERPRET and x.dtype == torch.bfloat16)  # the interpreter's tl.dot multiplies bfloat16 wrongly
         or (quantize_activations and (K > 131072 or _gpu(x)[0] < (8, 0)))  # int32 holds 2^31 / 128^2 products
     ):  # fmt: skip
@@ -954,6 +968,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
         bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", bias)
+        self.register_parameter("weight", None)  # T5 asks whether its wo has one
 
     @torch.no_grad()
     def quantize_weights(self, weight: Tensor) -> None:
@@ -991,11 +1006,12 @@ class QuantizedLinear(Int8Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, quantize_activations: bool = False) -> "QuantizedLinear":
-        """The bias parameter is taken over as it is, the weight quantised; the linear is left alone."""
+        """A bias parameter is taken over as it is, the weight quantised; the linear is left alone."""
         new = cls(0, 0, quantize_activations=quantize_activations, device="meta")
         new.in_features, new.out_features = linear.in_features, linear.out_features
         new.weight_int8, new.weight_scale = quantize_weight_per_channel(linear.weight.detach())
-        new.bias = linear.bias
+        bias = linear.bias  # a parametrised or pruned one is a plain tensor
+        new.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return new.train(linear.training)
 
 
@@ -1005,9 +1021,9 @@ def quantize_model(
     """Swaps every nn.Linear of the model for a QuantizedLinear, in place, and returns the names that it converted.
 
     Left alone: subclasses of nn.Linear, a weight that another module holds too (tied embeddings), that is a tensor
-    subclass (sharded) or not of 16, 32 or 64 bits, and what `skip` names: a module's qualified name, its last part, or
-    either of a module above it. A Linear whose weight its parent reads itself (T5's wo, those of
-    nn.TransformerEncoderLayer) wants to be in `skip`. Hooks of a swapped module are not taken over.
+    subclass (sharded) or not of 16, 32 or 64 bits, a weight or bias that is pruned, and what `skip` names: a module's
+    qualified name, its last part, or either of a module above it. A Linear whose weight its parent reads itself (those
+    of nn.TransformerEncoderLayer) wants to be in `skip`. Hooks of a swapped module are not taken over.
     """
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of names, got the string {skip!r}")
@@ -1026,6 +1042,8 @@ def quantize_model(
     found, left = [], set()
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+            continue
+        if not isinstance(module.bias, nn.Parameter | None):  # pruned, say
             continue
         parts = name.split(".")
         above = {".".join(parts[: i + 1]) for i in range(len(parts))}

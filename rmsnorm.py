@@ -48,7 +48,7 @@ def rmsnorm_residual_torch(
 
 
 def _normalise(h, weight, eps, offset, casting, dtype):
-    h = h.to(torch.promote_types(h.dtype, torch.float32))
+    h = h.to(torch.promote_types(torch.promote_types(h.dtype, dtype), torch.float32))
     y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + _eps(h, eps))
     if casting == "llama":
         y = y.to(dtype).to(h.dtype)
@@ -245,10 +245,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
-    if triton is None:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
+    under torch.compile none whose size the data decides."""
+    compiling = torch.compiler.is_compiling()
+    if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
-    if not torch.compiler.is_compiling() and (
+    if not compiling and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
     ):  # fmt: skip
@@ -256,7 +258,8 @@ def _kernel_serves(*tensors) -> bool:
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
-            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not compiling))
+            or (compiling and torch.fx.experimental.symbolic_shapes.guard_or_true(t.numel() == 0))
         ):  # fmt: skip
             return False
     return True
@@ -375,6 +378,8 @@ class _RMSNorm(torch.autograd.Function):
 def _dispatch(x, residual, weight, eps, offset, casting, keep_h):
     """Both functions, residual None for rmsnorm: (y, h or None)."""
     for name, t in (("x", x), ("residual", residual), ("weight", weight)):
+        if not isinstance(t, Tensor) and (t is not None or name == "x"):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t is not None and t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
         if t is not None and t.device != x.device:
@@ -389,8 +394,8 @@ def _dispatch(x, residual, weight, eps, offset, casting, keep_h):
         raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         # To what autocast makes of F.rms_norm's input: float32 in newer releases on CUDA
-        x = x.to(F.rms_norm(x.new_empty(0, 1), (1,)).dtype)
-    if not x.numel() or not _kernel_serves(x, residual, weight):
+        x = x.to(F.rms_norm(x.new_empty(()).expand(0, 1), (1,)).dtype)
+    if not _kernel_serves(x, residual, weight) or not x.numel():
         if residual is None:
             return rmsnorm_torch(x, weight, eps, offset=offset, casting=casting), None
         return rmsnorm_residual_torch(x, residual, weight, eps, offset=offset, casting=casting, return_residual=True)

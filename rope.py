@@ -313,10 +313,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
-    if triton is None:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
+    under torch.compile none whose size the data decides."""
+    compiling = torch.compiler.is_compiling()
+    if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
-    if not torch.compiler.is_compiling() and (
+    if not compiling and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
     ):  # fmt: skip
@@ -324,7 +326,8 @@ def _kernel_serves(*tensors) -> bool:
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
-            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not compiling))
+            or (compiling and torch.fx.experimental.symbolic_shapes.guard_or_true(t.numel() == 0))
         ):  # fmt: skip
             return False
     return True
@@ -444,7 +447,7 @@ def _check_tables(q, cos, sin, position_ids, rotary_dim):
     shape, dims = cos.shape, cos.dim()
     if sin.shape != shape:
         raise ValueError(f"sin must have cos's shape {tuple(shape)}, got {tuple(sin.shape)}")
-    if not (dims == 2 or (dims == 3 and shape[0] in (1, B)) or (dims == 4 and shape[0] == shape[2] == 1)):
+    if not (dims == 2 or (dims == 3 and (shape[0] == 1 or shape[0] == B)) or (dims == 4 and shape[0] == shape[2] == 1)):
         raise ValueError(f"cos must be (S, W), ({B}, S, W), (1, S, W) or (1, S, 1, W), got shape {tuple(shape)}")
     R, width = _rotary_dim(D, cos, rotary_dim), shape[-1]
     if R % 2 or not 0 < R <= D:
@@ -460,7 +463,7 @@ def _check_tables(q, cos, sin, position_ids, rotary_dim):
     if dims != 2:
         raise ValueError(f"position_ids must go with tables of two dimensions, got cos of shape {tuple(shape)}")
     shape = position_ids.shape
-    if shape[-1:] != (S,) or len(shape) > 2 or (len(shape) == 2 and shape[0] not in (1, B)):
+    if shape[-1:] != (S,) or len(shape) > 2 or (len(shape) == 2 and shape[0] != 1 and shape[0] != B):
         raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(shape)}")
     return R
 
@@ -496,7 +499,7 @@ def apply_rope(
                 raise ValueError(f"inplace must be False where {name} is expanded, got strides {t.stride()}")
     gradients = torch.is_grad_enabled()
     learned = gradients and (cos.requires_grad or sin.requires_grad)
-    if learned or not q.numel() or not _kernel_serves(q, k, cos, sin, position_ids):
+    if learned or not _kernel_serves(q, k, cos, sin, position_ids) or not q.numel():
         return rope_torch(
             q, k, cos, sin, interleaved=interleaved, position_ids=position_ids, rotary_dim=R, inplace=inplace
         )
@@ -541,7 +544,7 @@ def rope_triton(
         raise ValueError(f"q must have an even head_dim, got {q.shape[-1]}")
     if not theta >= 1:
         raise ValueError(f"theta must be at least 1, got {theta}")
-    if not q.numel() or not _kernel_serves(q, k):
+    if not _kernel_serves(q, k) or not q.numel():
         return rope_pytorch(q, k, seq_len, theta, interleaved=interleaved)
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
         return (*_RoPE.apply(q, k, None, None, None, q.shape[-1], interleaved, float(theta)), None)[:2]
@@ -654,7 +657,7 @@ class RoPEAttention(nn.Module):
             if not autocast and mask.dtype not in (torch.bool, torch.float32, x.dtype):
                 raise TypeError(f"mask must be bool, float32 or x's {x.dtype}, got {mask.dtype}")
             scores = x.shape[0], self.n_heads, x.shape[1], x.shape[1]
-            if not 2 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1])):
+            if not 2 <= mask.dim() <= 4 or any(m != 1 and m != n for m, n in zip(mask.shape[::-1], scores[::-1])):
                 raise ValueError(f"mask must broadcast to {scores}, got shape {tuple(mask.shape)}")
             if mask.device != x.device:
                 raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")

@@ -254,10 +254,12 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64."""
-    if triton is None:
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
+    under torch.compile none whose size the data decides."""
+    compiling = torch.compiler.is_compiling()
+    if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
-    if not torch.compiler.is_compiling() and (
+    if not compiling and (
         torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
     ):  # fmt: skip
@@ -265,7 +267,8 @@ def _kernel_serves(*tensors) -> bool:
     for t in tensors:
         if t is not None and (
             type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
-            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not torch.compiler.is_compiling()))
+            or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not compiling))
+            or (compiling and torch.fx.experimental.symbolic_shapes.guard_or_true(t.numel() == 0))
         ):  # fmt: skip
             return False
     return True
@@ -354,8 +357,10 @@ def _check(activation, **tensors):
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
     like = None
     for name, t in tensors.items():
-        if t is None:
+        if t is None and name in ("up", "up_weight"):
             continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
         like = like or (name, t.device)
@@ -380,7 +385,7 @@ def swiglu_fused(gate: Tensor, up: Tensor | None = None, activation: str = "silu
         raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
     if up is not None and up.dtype != gate.dtype:
         raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
-    if not gate.numel() or not _kernel_serves(gate, up):
+    if not _kernel_serves(gate, up) or not gate.numel():
         return swiglu_torch(gate, up, activation)
     if gate.is_cuda and not torch.compiler.is_compiling() and gate.get_device() != torch.cuda.current_device():
         with torch.cuda.device(gate.device):  # Triton launches on the current device, not on gate's
@@ -561,7 +566,7 @@ def fused_gated_mlp(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_weight, up_weight = (t if t is None else t.to(dtype) for t in (x, gate_weight, up_weight))
     if (
-        not x.numel() or not gate_weight.numel() or not _kernel_serves(x, gate_weight, up_weight)
+        not _kernel_serves(x, gate_weight, up_weight) or not x.numel() or not gate_weight.numel()
         or (x.is_cpu and x.dtype == torch.bfloat16)  # the interpreter multiplies bfloat16 wrongly
     ):  # fmt: skip
         return gated_mlp_torch(x, gate_weight, up_weight, activation)

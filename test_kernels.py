@@ -676,6 +676,26 @@ def test_rmsnorm_fake_tensors():
     assert rmsnorm.TritonRMSNorm(16, device="meta")(torch.empty(5, 16, device="meta")).shape == (5, 16)
 
 
+def test_rmsnorm_float64_beside_a_narrower_residual():
+    """The sum is rounded to the residual's dtype, its norm is float64's."""
+    x, residual, weight = randn(4, 64).double(), randn(4, 64), randn(64).double()
+    y, h = rmsnorm.rmsnorm_residual_fused(x, residual, weight, return_residual=True)
+    assert y.dtype == torch.float64 and h.dtype == torch.float32
+    torch.testing.assert_close(y, F.rms_norm(h.double(), (64,), weight, 1e-6), rtol=1e-14, atol=1e-14)
+
+
+def test_rmsnorm_of_nested_tensors():
+    """Under autocast, too: jagged ones take the twin."""
+    x = torch.nested.nested_tensor([randn(2, 8), randn(3, 8)], layout=torch.jagged)
+    weight = randn(8)
+    for autocast in (False, True):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            got = rmsnorm.rmsnorm(x, weight)
+            want = F.rms_norm(torch.cat(list(x.unbind())), (8,), weight, 1e-6)
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got.values(), want, rtol=1e-5 if want.dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
 def test_rmsnorm_autocast():
     """As F.rms_norm in the installed PyTorch, whose rule for autocast changed."""
     x, w = randn(4, 64, dtype=torch.float16), randn(64)
@@ -1688,6 +1708,10 @@ _llama3 = {**_yarn, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fa
 ERRORS += [
     ("rope-scaling-nested", lambda: rope.build_rope_cache(4, 16, scaling={"full_attention": _yarn, "sliding_attention": {}}), ValueError, "scaling must be the dict of one kind of layer.*full_attention"),
     ("rope-scaling-type", lambda: rope.build_rope_cache(4, 16, scaling=2.0), TypeError, "scaling must be a dict or None, got float"),
+    ("rmsnorm-eps-for-weight", lambda: rmsnorm.rmsnorm(randn(2, 8), 1e-5), TypeError, "weight must be a tensor, got float"),
+    ("rmsnorm-none", lambda: rmsnorm.rmsnorm(None), TypeError, "x must be a tensor, got NoneType"),
+    ("swiglu-number", lambda: swiglu.swiglu_fused(randn(2, 8), 2.0), TypeError, "up must be a tensor, got float"),
+    ("gated-mlp-none", lambda: swiglu.fused_gated_mlp(randn(2, 8), None), TypeError, "gate_weight must be a tensor, got NoneType"),
     ("rope-module-scaling", lambda: rope.RotaryEmbedding(8, scaling="linear"), TypeError, "scaling must be a dict or None, got str"),
     ("rope-module-length", lambda: rope.RotaryEmbedding(8, 2048.0), TypeError, "max_seq_len must be an integer, got 2048.0"),
     ("rope-module-head", lambda: rope.RotaryEmbedding(8, 4, device=DEVICE)(randn(1, 3, 1, 6), None), ValueError, r"q must have a head_dim of at least 8, got shape \(1, 3, 1, 6\)"),
@@ -3138,6 +3162,17 @@ def test_int8_gemm_persistent_kernel():
             assert (y - want).abs().max() <= 1e-6 * want.abs().max(), (M, N, K, dtype)
 
 
+def test_quantize_model_leaves_a_pruned_bias_alone():
+    import torch.nn.utils.prune as prune
+
+    pruned = prune.l1_unstructured(torch.nn.Linear(8, 4, device=DEVICE), "bias", 0.5)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, device=DEVICE), pruned)
+    assert int8_gemm.quantize_model(model) == ["0"] and type(model[1]) is torch.nn.Linear
+    for made in (int8_gemm.QuantizedLinear.from_linear(pruned), fp8_gemm.FP8Linear.from_linear(pruned)):
+        assert isinstance(made.bias, torch.nn.Parameter) and torch.equal(made.bias, pruned.bias)
+        assert made.weight is None and "weight" not in made.state_dict()
+
+
 def test_quantize_model_of_odd_models():
     """What can't be a Linear's weight is no obstacle, a module with two names is swapped under both or under none."""
     linear = lambda: nn.Linear(16, 16, device=DEVICE)
@@ -4119,13 +4154,17 @@ def test_trace_takes_the_twins():
         torch.testing.assert_close(traced(other), f(other))
 
 
-def test_fp8_linear_trace_quantises_in_the_graph():
+def test_fp8_linear_trace_quantises_in_the_graph(tmp_path):
     x, layer = randn(3, 64), fp8_gemm.FP8Linear(64, 24, device=DEVICE).requires_grad_(False)
     layer(x)
     traced = torch.jit.trace(layer, x)
     layer.weight.mul_(3.0)
     with torch.jit.fuser("fuser0"):  # none: TorchScript's own writes CUDA code that has no type for float8
         torch.testing.assert_close(traced(x), layer(x), rtol=1e-2, atol=1e-2)  # the twin beside the kernel's fast sums
+        for layer in (layer.requires_grad_(), fp8_gemm.FP8Linear.from_linear(torch.nn.Linear(64, 24, device=DEVICE))):
+            traced = torch.jit.trace(layer, x, check_trace=False)  # no Function of ours in the graph, which could not be saved
+            traced.save(tmp_path / "traced.pt")
+            torch.testing.assert_close(traced(x), layer(x), rtol=1e-2, atol=1e-2)
 
 
 def test_fp8_linear_with_its_cache_loads_weights_only():
@@ -7694,6 +7733,97 @@ def test_compile_fullgraph(_, fn, make):
     for rows in ROWS:
         compiled_equals_eager(automatic, fn, make(rows))
     assert counter.frame_count <= 2 + BUCKETS.get(_, 0), f"{counter.frame_count} compilations over {len(ROWS)} row counts"
+    torch._dynamo.reset()
+
+
+_w8, _s8 = int8_gemm.quantize_weight_per_channel(torch.randn(32, 32))
+DATA_DECIDES = {  # fn(x), x (M, 32), and what else it reads
+    "rmsnorm": (lambda x, w: rmsnorm.rmsnorm(x, w), lambda: [randn(32)]),
+    "residual": (lambda x, w: rmsnorm.rmsnorm_residual_fused(x, x, w, return_residual=True), lambda: [randn(32)]),
+    "swiglu": (lambda x: (swiglu.swiglu_fused(x), swiglu.swiglu_fused(x, x)), list),
+    "gated mlp": (lambda x, w: swiglu.fused_gated_mlp(x, w, w), lambda: [randn(32, 32)]),
+    "rope": (lambda x, c, s: rope.apply_rope(x.unflatten(1, (2, 16))[None], None, c, s)[0], lambda: _rope_tables(64, 16)),
+    "rope angles": (lambda x: rope.rope_triton(x.unflatten(1, (2, 16))[None], None)[0], list),
+    "fused": (lambda x, w, c, s: fused_rmsnorm_rope.fused_rmsnorm_rope(x[None], w, c, s, num_heads=2), lambda: [randn(32), *_rope_tables(64, 16)]),
+    "W8A16": (lambda x, w, s: int8_gemm.int8_gemm(x, w, s), lambda: [_w8.to(DEVICE), _s8.to(DEVICE)]),
+    "W8A8": (lambda x, w, s: int8_gemm.int8_gemm(x, w, s, quantize_activations=True), lambda: [_w8.to(DEVICE), _s8.to(DEVICE)]),
+    "quantiser": (lambda x: int8_gemm.dequantize(*int8_gemm.quantize_symmetric(x, dim=1)), list),
+    "fp8": (lambda x, w, s: fp8_gemm.fp8_gemm(x.detach(), w.t(), None, s.t()), lambda: fp8_gemm.quantize_fp8(randn(32, 32), "row")),
+}
+
+
+@pytest.mark.parametrize("op", DATA_DECIDES)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compile_sizes_that_data_decides(op):
+    """x[keep], as experts take their tokens: no graph break, by the twin's operations; torch.export too."""
+    torch._dynamo.reset()
+    fn, make = DATA_DECIDES[op]
+    x, rest = randn(20, 32, dtype=torch.bfloat16 if GPU else torch.float32, grad=True), make()
+    masks = [torch.arange(20, device=DEVICE) % n == 0 for n in (2, 3)]
+
+    class Expert(torch.nn.Module):
+        def forward(self, x, keep, *rest):
+            return fn(x[keep], *rest)
+
+    compiled = torch.compile(Expert(), fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    exported = torch.export.export(Expert(), (x.detach(), masks[0], *rest)).module()
+    for keep in masks:
+        outs = as_tuple(compiled(x, keep, *rest))
+        for y, z, want in zip(outs, as_tuple(exported(x.detach(), keep, *rest)), as_tuple(fn(x[keep], *rest)), strict=True):
+            largest = want.float().abs().max().item()
+            torch.testing.assert_close(y.float(), want.float(), rtol=1e-2, atol=1e-2 * largest)
+            torch.testing.assert_close(z.float(), want.float(), rtol=1e-2, atol=1e-2 * largest)
+        if outs[0].requires_grad:
+            (dx,) = torch.autograd.grad(outs[0].float().sum(), x)
+            (want,) = torch.autograd.grad(as_tuple(fn(x[keep], *rest))[0].float().sum(), x)
+            torch.testing.assert_close(dx.float(), want.float(), rtol=2e-2, atol=2e-2 * want.float().abs().max().item())
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(GPU, reason="where there is a GPU, its kernels are traced")
+def test_compile_fake_cuda_tensors_without_a_gpu():
+    """As nn.RMSNorm: torch.export, strict, and torch.compile tell the shapes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Block(torch.nn.Module):
+        def forward(self, x, w, norm, cos, sin):
+            x = rope.apply_rope(rmsnorm.rmsnorm(x, norm).view(1, 2, 1, 16), None, cos, sin)[0].view(2, 16)
+            return swiglu.fused_gated_mlp(x, w, w) + swiglu.swiglu_fused(x @ w.t(), x @ w.t())
+
+    with FakeTensorMode():
+        args = [torch.empty(*shape, device="cuda") for shape in ((2, 16), (24, 16), (16,), (2, 8), (2, 8))]
+        torch._dynamo.reset()
+        assert torch.compile(Block(), fullgraph=True, backend="eager")(*args).shape == (2, 24)
+        assert torch.export.export(Block(), tuple(args), strict=True).module()(*args).shape == (2, 24)
+
+
+@pytest.mark.skipif(GPU or not shutil.which("c++"), reason="Inductor's C++, of which the GPU's suite compiles none")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_blocks_by_inductor(dynamic):
+    """Sizes beyond 128 that are no multiple of it: Inductor left the scales of the last columns unwritten."""
+    for shape in ((37, 200), (3, 100)):
+        x = randn(*shape)
+        for granularity in ("block", "block2d"):
+            torch._dynamo.reset()
+            q, scale = torch.compile(fp8_gemm.quantize_fp8, dynamic=dynamic)(x, granularity)
+            want, want_scale = fp8_gemm.quantize_fp8(x, granularity)
+            torch.testing.assert_close(scale, want_scale)
+            near = (q.float() - want.float()).abs() <= want.float().abs() / 8 + 2**-9  # a scale's last bit may turn a rounding
+            assert near.all() and (q.float() == want.float()).float().mean() > 0.99
+            values = torch.compile(fp8_gemm.dequantize_fp8, dynamic=dynamic)(want, want_scale, torch.float32)
+            torch.testing.assert_close(values, fp8_gemm.dequantize_fp8(want, want_scale, torch.float32))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_quantize_symmetric_of_any_bits(dynamic):
+    """bits and dim are numbers still where torch.compile traces them as symbols."""
+    torch._dynamo.reset()
+    x, backend = randn(5, 20), "inductor" if GPU else "aot_eager"
+    compiled = torch.compile(int8_gemm.quantize_symmetric, fullgraph=True, dynamic=dynamic, backend=backend)
+    for bits, dim in ((8, None), (4, None), (8, 0), (8, 1), (4, -1)):
+        for got, want in zip(compiled(x, bits, dim), int8_gemm.quantize_symmetric(x, bits, dim), strict=True):
+            torch.testing.assert_close(got, want)
     torch._dynamo.reset()
 
 
