@@ -4161,10 +4161,10 @@ def test_fp8_linear_trace_quantises_in_the_graph(tmp_path):
     layer.weight.mul_(3.0)
     with torch.jit.fuser("fuser0"):  # none: TorchScript's own writes CUDA code that has no type for float8
         torch.testing.assert_close(traced(x), layer(x), rtol=1e-2, atol=1e-2)  # the twin beside the kernel's fast sums
-        for layer in (layer.requires_grad_(), fp8_gemm.FP8Linear.from_linear(torch.nn.Linear(64, 24, device=DEVICE))):
-            traced = torch.jit.trace(layer, x, check_trace=False)  # no Function of ours in the graph, which could not be saved
+        for trained in (layer.requires_grad_(), fp8_gemm.FP8Linear.from_linear(torch.nn.Linear(64, 24, device=DEVICE))):
+            traced = torch.jit.trace(trained, x, check_trace=False)  # no Function of ours in the graph, which could not be saved
             traced.save(tmp_path / "traced.pt")
-            torch.testing.assert_close(traced(x), layer(x), rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(traced(x), trained(x), rtol=1e-2, atol=1e-2)
 
 
 def test_fp8_linear_with_its_cache_loads_weights_only():
