@@ -1679,7 +1679,7 @@ COMPILE += [
     ("rope-angles", lambda q, k: rope.rope_triton(q, k), lambda n: _rope_compile_args(n)[:2]),
     ("rope-one", lambda q, c, s: (rope.apply_rope(q, None, c, s)[0], rope.rope_triton(q, None)[0]), lambda n: [t for i, t in enumerate(_rope_compile_args(n)) if i != 1]),
 ]
-BUCKETS |= {"rope-half": 2, "rope-interleaved": 2, "rope-positions": 2, "rope-angles": 2}  # the backward's shapes; few programs
+BUCKETS |= {"rope-half": 2, "rope-interleaved": 2, "rope-positions": 2, "rope-angles": 2, "rope-one": 1}  # the backward's shapes; few programs
 
 GRADCHECK += [
     (f"rope-{n}", lambda q, k, c, s, i=n == "interleaved": rope.rope_torch(q, k, c, s, interleaved=i), lambda: [randn(1, 2, 2, 6).double(), randn(1, 2, 1, 6).double(), *(t.double() for t in _rope_tables(2, 4))])
@@ -7977,7 +7977,7 @@ def build(job):
 if __name__ == "__main__":
     os.nice(int(sys.argv[2]))
     jobs = json.loads(sys.stdin.read())
-    with concurrent.futures.ProcessPoolExecutor(max(1, CORES - 1)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(int(sys.argv[3])) as pool:
         print(json.dumps(list(pool.map(build, jobs))))
 """
 
@@ -7993,7 +7993,7 @@ def aot_process(tmp_path_factory):
     (folder / "jobs").write_text(json.dumps(aot_jobs()))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with open(folder / "jobs") as jobs, open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        command = [sys.executable, str(folder / "aot.py"), str(HERE), "10" if GPU else "0"]
+        command = [sys.executable, str(folder / "aot.py"), str(HERE), "10" if GPU else "0", str(max(1, CORES - 1))]
         process = subprocess.Popen(command, stdin=jobs, stdout=out, stderr=err, env=environment)
     yield process, folder
     process.kill()
