@@ -3162,7 +3162,7 @@ def test_int8_gemm_persistent_kernel():
             assert (y - want).abs().max() <= 1e-6 * want.abs().max(), (M, N, K, dtype)
 
 
-def test_quantize_model_leaves_a_pruned_bias_alone():
+def test_quantize_model_keeps_a_pruned_bias():
     import torch.nn.utils.prune as prune
 
     pruned = prune.l1_unstructured(torch.nn.Linear(8, 4, device=DEVICE), "bias", 0.5)

@@ -126,6 +126,18 @@ MUTATIONS = [
      "return _dense_like(x.transpose(-3, -2), '').transpose(-3, -2)", "test_rope_results"),
     ("rope: tables of inference mode kept", "rope.py", "unfit = eager and (self._cos.is_inference() or", "unfit = eager and (", "test_rope_embedding_tables"),
     # ---- device.py
+    ("fp8: blocks repeated, which Inductor cuts wrongly", "fp8_gemm.py", "        if torch.compiler.is_compiling():\n            # By an index",
+     "        if False:\n            # By an index", "test_compile_blocks_by_inductor"),
+    ("int8: bits of a symbol", "int8_gemm.py", "(known_bits := _one_of(range(2, 9), bits)) is None", "(known_bits := bits) not in range(2, 9)", "test_compile_quantize_symmetric"),
+    ("int8: a pruned bias assigned", "int8_gemm.py", "        if not isinstance(module.bias, nn.Parameter | None):  # pruned, say\n            continue\n", "",
+     "pruned_bias"),
+    ("norm: size asked before who serves", "rmsnorm.py", "if not _kernel_serves(x, residual, weight) or not x.numel():",
+     "if not x.numel() or not _kernel_serves(x, residual, weight):", "test_compile_sizes"),
+    ("norm: float64 normed in the residual's float32", "rmsnorm.py", "torch.promote_types(torch.promote_types(h.dtype, dtype), torch.float32)",
+     "torch.promote_types(h.dtype, torch.float32)", "narrower_residual"),
+    ("fused: v of a copy", "fused_rmsnorm_rope.py", " or qkv.stride(-1) != 1:  # autocast, or", ":  # autocast, or", "test_fused_qk_norm_rope"),
+    ("benchmark: NaN beside a right result", "benchmark.py", "torch.stack([(g - w).norm() / w.norm() for g, w in pairs]).max().item()",
+     "max(((g - w).norm() / w.norm()).item() for g, w in pairs)", "test_benchmark_gives"),
     ("device: fp8 from 8.0 on", "device.py", "(8, 9)", "(8, 0)", "test_device"),
     # ---- what takes two devices or streams, or much memory
     ("norm: rows counted in 32 bits", "rmsnorm.py", "rows = tl.program_id(0).to(tl.int64) * BLOCK_M", "rows = tl.program_id(0) * BLOCK_M",
@@ -146,7 +158,7 @@ def run(mutation):
         for path in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "requirements.txt"]:
             shutil.copy(path, folder)
         (pathlib.Path(folder) / file).write_text(source.replace(old, new))
-        if "ahead_of_time" not in selection:  # what takes minutes
+        if "ahead_of_time" not in selection and "test_compile" not in selection:  # what takes minutes
             selection = f"({selection}) and not ahead_of_time and not compile and not alone"
         command = [sys.executable, "-m", "pytest", "-qx", "--no-header", "--tb=no", "-p", "no:cacheprovider", "test_kernels.py", "-k", selection]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": os.path.join(folder, "cache")}
