@@ -235,7 +235,7 @@ if triton is not None:
             dw0 = tl.zeros((BLOCK_T, BLOCK_H, HALF), tl.float32)
             dw1 = tl.zeros((BLOCK_T, BLOCK_H, HALF), tl.float32)
             # Heads of up to 128 share one row of weights: 148 us at 16384 tokens of 32 and 8, with a row each 157. For
-            # longer ones a row each is better: 112 us with 8 and 4 heads of 256, sharing one 144
+            # longer ones a row each is better: 112 us with 8 and 4 heads of 256, sharing one 144 (larger tiles)
             one = tl.arange(0, 1)[None, :, None]
             w0, w1 = _load_weights(
                 w_ptr, heads if WHOLE or HALF > 64 else one, H, offset, D, HALF, INTERLEAVED, WHOLE
