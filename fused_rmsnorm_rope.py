@@ -68,13 +68,19 @@ def fused_qk_norm_rope_torch(
     return tuple(t.unflatten(-1, (-1, D)) for t in (q, k, v))
 
 
-def _index(n, name):
+def _index(n, name, optional=False):
     """n, an int where it is NumPy's."""
-    if n is not None and not isinstance(n, (int, torch.SymInt)):
-        if not hasattr(n, "__index__"):
-            raise TypeError(f"{name} must be an integer, got {n!r}")
-        n = operator.index(n)
-    return n
+    if isinstance(n, (int, torch.SymInt)) or (optional and n is None):
+        return n
+    if not hasattr(n, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {n!r}")
+    return operator.index(n)
+
+
+def _check_tensors(**tensors):
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) and (t is not None or name != "position_ids"):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
 def _head_dim(x, weight, cos, num_heads):
@@ -373,6 +379,15 @@ def _strides(x, cos, position_ids):
     return x.stride(0), x.stride(1), stride_cb, cos.stride(at), position_ids.shape[1] if many else 0, cos.shape[at]
 
 
+def _laid_out(x, q_weight, k_weight, cos, sin, position_ids):
+    """The same values as the kernels read them: columns adjacent, cos and sin alike, the rest dense."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    k_weight, position_ids = (t if t is None else t.contiguous() for t in (k_weight, position_ids))
+    return x, q_weight.contiguous(), k_weight, cos, sin, position_ids
+
+
 def _forward(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, offset, interleaved):
     """The normed and rotated x (B, S, Hq * D), or with k_weight q, k and v of the packed x."""
     B, S, _ = x.shape
@@ -403,7 +418,7 @@ class _NormRoPE(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        x, q_weight, k_weight, cos, sin, position_ids = ctx.saved_tensors
+        x, q_weight, k_weight, cos, sin, position_ids = _laid_out(*ctx.saved_tensors)  # a hook may have changed strides
         need_x, need_q, need_k = ctx.needs_input_grad[:3]
         Hq, Hk, D, eps, offset, interleaved = ctx.options
         dq, dk, dv = ([g.contiguous() for g in grads] + [None, None])[:3]
@@ -478,12 +493,7 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
     if k_weight is not None:
         if k_weight.dtype != q_weight.dtype:  # the kernel takes its choice of two pointers of one type
             q_weight, k_weight = q_weight.float(), k_weight.float()
-        k_weight = k_weight.contiguous()
-    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    position_ids = position_ids if position_ids is None else position_ids.contiguous()
-    args = x if x.stride(-1) == 1 else x.contiguous(), q_weight.contiguous(), k_weight, cos, sin, position_ids
-    args += Hq, Hk, D, float(eps), float(offset), interleaved
+    args = *_laid_out(x, q_weight, k_weight, cos, sin, position_ids), Hq, Hk, D, float(eps), float(offset), interleaved
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
         return _NormRoPE.apply(*args)
     return _forward(*args)
@@ -509,11 +519,12 @@ def fused_rmsnorm_rope(
 
     Raises: ValueError for shapes and devices that do not fit; TypeError for dtypes.
     """
+    _check_tensors(x=x, weight=weight, cos=cos, sin=sin, position_ids=position_ids)
     if x.dim() != 3:
         raise ValueError(f"x must be (B, S, H * D), got shape {tuple(x.shape)}")
     if weight.dim() != 1 or not weight.shape[0]:
         raise ValueError(f"weight must be (H * D,) or (D,), got shape {tuple(weight.shape)}")
-    num_heads = _index(num_heads, "num_heads")
+    num_heads = _index(num_heads, "num_heads", optional=True)
     width, D = x.shape[-1], _head_dim(x, weight, cos, num_heads)
     if D < 2 or D % 2 or width % D or (num_heads is not None and num_heads * D != width):
         if num_heads is not None:
@@ -540,13 +551,14 @@ def fused_qk_norm_rope(
 
     Raises: as fused_rmsnorm_rope.
     """
+    _check_tensors(qkv=qkv, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, position_ids=position_ids)
     if q_weight.dim() != 1 or q_weight.shape[0] < 2 or q_weight.shape[0] % 2:
         raise ValueError(f"q_weight must be (D,) of an even head_dim D, got shape {tuple(q_weight.shape)}")
     if k_weight.shape != q_weight.shape:
         raise ValueError(f"k_weight must have q_weight's shape {tuple(q_weight.shape)}, got {tuple(k_weight.shape)}")
     num_heads, num_kv_heads = _index(num_heads, "num_heads"), _index(num_kv_heads, "num_kv_heads")
     for name, n in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if n is None or n < 1:
+        if n < 1:
             raise ValueError(f"{name} must be positive, got {n}")
     D = q_weight.shape[0]
     width = (num_heads + 2 * num_kv_heads) * D
@@ -586,7 +598,7 @@ class FusedRMSNormRoPE(_Norm):
         self.hidden_dim, self.head_dim, self.eps, self.per_head = hidden_dim, head_dim, eps, per_head
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        if x.shape[-1:] != (self.hidden_dim,):
+        if isinstance(x, Tensor) and x.shape[-1:] != (self.hidden_dim,):
             raise ValueError(f"x must be (B, S, {self.hidden_dim}), got shape {tuple(x.shape)}")
         options = {"offset": self.offset, "position_ids": position_ids}
         return fused_rmsnorm_rope(x, self.weight, cos, sin, self.eps, self.hidden_dim // self.head_dim, **options)
@@ -604,10 +616,11 @@ class FusedQKNormRoPE(nn.Module):
         interleaved: bool = False, device=None, dtype=None
     ):  # fmt: skip
         super().__init__()
+        self.head_dim = head_dim = _index(head_dim, "head_dim")
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be a positive even number, got {head_dim}")
-        self.head_dim = head_dim
         heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        heads = {name: _index(n, name) for name, n in heads.items()}
         for name, n in heads.items():
             if n < 1:
                 raise ValueError(f"{name} must be positive, got {n}")

@@ -47,10 +47,12 @@ _OLD_TRITON = triton is not None and tuple(int(n) for n in triton.__version__.sp
 def quantize_symmetric_torch(tensor: Tensor, bits: int = 8, dim: int | None = None) -> tuple[Tensor, Tensor]:
     """Twin of quantize_symmetric."""
     qmax = 2 ** (bits - 1) - 1
-    x = tensor.detach().float()
+    x = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     reduce = torch.amax if (x.numel() if dim is None else x.shape[dim]) else torch.sum  # nothing has a sum alone: 0
     amax = reduce(x.abs()) if dim is None else reduce(x.abs(), dim, keepdim=True)
     scale = amax / torch.full_like(amax, qmax)  # CUDA multiplies by a Python number's reciprocal: not correctly rounded
+    if x.dtype == torch.float64:  # finite values have a finite scale, be they beyond float32
+        scale = torch.where(amax.isinf(), amax, scale.clamp(max=torch.finfo(torch.float32).max)).float()
     scale = torch.where(scale == 0, 1.0, scale)
     return (x / scale).round().clamp(-qmax, qmax).to(torch.int8).contiguous(), scale
 
@@ -63,8 +65,8 @@ def int8_gemm_torch(
         with torch.autocast(x.device.type, enabled=False):
             return int8_gemm_torch(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # in W8A8 its values are 0, and its gradient is what passes straight through round
-    straight = torch.where(x.isfinite(), x - x.detach(), 0.0) if quantize_activations else x
+    # in W8A8 its values are 0 (NaN for NaN and inf: so is their row), and its gradient passes straight through round
+    straight = x - x.detach() if quantize_activations else x
     y = (straight.to(wide) @ weight_int8.to(wide).T) * scale.to(wide)
     if quantize_activations:
         xq, x_scale = quantize_symmetric_torch(x, dim=-1)
@@ -610,8 +612,9 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     """quantized * scale in float32, rounded once. A scale (N,) goes with the rows of (N, K), any other broadcasts."""
     if quantized.dtype != torch.int8:
         raise TypeError(f"quantized must be int8, got {quantized.dtype}")
-    if not all(t.is_floating_point and t.itemsize > 1 for t in (scale.dtype, dtype)):
-        raise TypeError(f"scale and dtype must be float16, bfloat16, float32 or float64, got {scale.dtype} and {dtype}")
+    dtypes = getattr(scale, "dtype", type(scale)), dtype
+    if not all(isinstance(t, torch.dtype) and t.is_floating_point and t.itemsize > 1 for t in dtypes):
+        raise TypeError(f"scale and dtype must be float16, bfloat16, float32 or float64, got {dtypes[0]} and {dtype}")
     if quantized.device != scale.device:
         raise ValueError(f"scale must be on {quantized.device}, got {scale.device}")
     given, learned = tuple(scale.shape), scale.requires_grad and torch.is_grad_enabled()
@@ -1007,29 +1010,34 @@ class QuantizedLinear(Int8Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, quantize_activations: bool = False) -> "QuantizedLinear":
         """A bias parameter is taken over as it is, the weight quantised; the linear is left alone."""
+        weight = getattr(linear, "weight", None)
+        floats = isinstance(weight, Tensor) and weight.is_floating_point()
+        if not floats or weight.ndim != 2 or not hasattr(linear, "in_features"):
+            raise TypeError(f"linear must be an nn.Linear with a float weight, got {type(linear).__name__}")
         new = cls(0, 0, quantize_activations=quantize_activations, device="meta")
         new.in_features, new.out_features = linear.in_features, linear.out_features
-        new.weight_int8, new.weight_scale = quantize_weight_per_channel(linear.weight.detach())
+        new.weight_int8, new.weight_scale = quantize_weight_per_channel(weight.detach())
         bias = linear.bias  # a parametrised or pruned one is a plain tensor
         new.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return new.train(linear.training)
 
 
 def quantize_model(
-    model: nn.Module, skip: tuple[str, ...] = ("lm_head",), *, quantize_activations: bool = False
+    model: nn.Module, skip: tuple[str, ...] | None = ("lm_head",), *, quantize_activations: bool = False
 ) -> list[str]:
     """Swaps every nn.Linear of the model for a QuantizedLinear, in place, and returns the names that it converted.
 
     Left alone: subclasses of nn.Linear, a weight that another module holds too (tied embeddings), that is a tensor
     subclass (sharded) or not of 16, 32 or 64 bits, a weight or bias that is pruned, and what `skip` names: a module's
-    qualified name, its last part, or either of a module above it. A Linear whose weight its parent reads itself (those
+    qualified name, its last part, or either of a module above it (with or without torch.compile's "_orig_mod"). A
+    Linear that torch.compile wraps by itself is left alone, too. A Linear whose weight its parent reads itself (those
     of nn.TransformerEncoderLayer) wants to be in `skip`. Hooks of a swapped module are not taken over.
     """
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of names, got the string {skip!r}")
-    if type(model) is nn.Linear:
+    if type(getattr(model, "_orig_mod", model)) is nn.Linear:
         raise ValueError("model must hold its nn.Linear modules, got one itself: use QuantizedLinear.from_linear")
-    skip = set(skip)
+    skip = set(skip or ())
     owners: dict[tuple, set[int]] = {}  # where a tensor's memory starts -> the modules that hold it
 
     def memory(p):
@@ -1039,27 +1047,27 @@ def quantize_model(
         for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if p.layout == torch.strided and not nn.parameter.is_lazy(p):  # no Linear's weight is sparse or lazy
                 owners.setdefault(memory(p), set()).add(id(module))
-    found, left = [], set()
+    found, names, left = {}, [], set()
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             continue
         if not isinstance(module.bias, nn.Parameter | None):  # pruned, say
             continue
         parts = name.split(".")
-        above = {".".join(parts[: i + 1]) for i in range(len(parts))}
-        found.append((name, module))
+        plain = [part for part in parts if part != "_orig_mod"]
+        above = {".".join(path[: i + 1]) for path in (parts, plain) for i in range(len(path))}
+        found.setdefault(id(module), (module, []))[1].append(name)
+        names.append((name, id(module)))
         if (
-            skip & above.union(parts) or len(owners.get(memory(module.weight), ())) > 1
+            parts[-1] == "_orig_mod"  # its compiled wrapper would go on running the float one
+            or skip & above.union(parts) or len(owners.get(memory(module.weight), ())) > 1
             or module.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         ):  # fmt: skip
             left.add(id(module))  # under its other names, too
-    converted, new = [], {}
-    for name, module in found:
-        if id(module) in left:
-            continue
-        if id(module) not in new:  # a module used in two places stays one module
-            new[id(module)] = QuantizedLinear.from_linear(module, quantize_activations=quantize_activations)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new[id(module)])
-        converted.append(name)
-    return converted
+    for key in [key for key in found if key not in left]:
+        module, places = found.pop(key)  # the last reference but the model's: each float weight goes before the next
+        new = QuantizedLinear.from_linear(module, quantize_activations=quantize_activations)
+        for name in places:  # a module used in two places stays one module
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, new)
+    return [name for name, key in names if key not in left]

@@ -344,12 +344,14 @@ class _RMSNorm(torch.autograd.Function):
         h, weight, rstd = ctx.saved_tensors
         need_x, need_residual, need_w = ctx.needs_input_grad[:3]
         dtype, offset, llama = ctx.options
-        dy, dh = h.new_zeros(h.shape, dtype=dtype) if dy is None else _rows(dy), _rows(dh)
+        shape, h, rstd = h.shape, _rows(h), rstd.contiguous()  # a hook for saved tensors may have changed their strides
+        weight = weight if weight is None else weight.contiguous()
+        dy, dh = h.new_zeros(shape, dtype=dtype) if dy is None else _rows(dy), _rows(dh)
         N = h.shape[-1]
         M = h.numel() // N
         shared = h.dtype == dtype  # then dx is the residual's gradient, too
-        dx = h.new_empty(h.shape, dtype=dtype) if need_x or (need_residual and shared) else None
-        dres = h.new_empty(h.shape) if need_residual and not shared else None
+        dx = h.new_empty(shape, dtype=dtype) if need_x or (need_residual and shared) else None
+        dres = h.new_empty(shape) if need_residual and not shared else None
         processors, room = 4, 0
         if h.is_cuda:
             properties = torch.cuda.get_device_properties(h.device)
@@ -450,7 +452,7 @@ def rmsnorm_residual_fused(
     Raises: as rmsnorm.
     """
     if residual is None:
-        raise TypeError(f"residual must be a tensor of x's shape {tuple(x.shape)}, got None")
+        raise TypeError("residual must be a tensor, got NoneType")
     y, h = _dispatch(x, residual, weight, eps, offset, casting, return_residual)
     return (y, h) if return_residual else y
 

@@ -13,6 +13,7 @@ Numerics. float32 inside, one rounding, at the end.
 Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864
 """
 
+import contextlib
 import math
 import operator
 import os
@@ -90,13 +91,19 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
     return keep * inv_freq + (1 - keep) * inv_freq / factor, attention_factor
 
 
-def _index(n, name):
+def _index(n, name, optional=False):
     """n, an int where it is NumPy's."""
-    if n is not None and not isinstance(n, (int, torch.SymInt)):
-        if not hasattr(n, "__index__"):
-            raise TypeError(f"{name} must be an integer, got {n!r}")
-        n = operator.index(n)
-    return n
+    if isinstance(n, (int, torch.SymInt)) or (optional and n is None):
+        return n
+    if not hasattr(n, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {n!r}")
+    return operator.index(n)
+
+
+def _check_tensors(**tensors):
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) and (t is not None or name not in ("k", "position_ids")):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
 def build_rope_cache(
@@ -364,7 +371,7 @@ def _launch(q, k, cos, sin, position_ids, R, interleaved, theta=None, negate=Fal
     stride_qb, stride_qs, stride_qh, stride_qd = (0, *q.stride())[-4:]
     stride_kb, stride_ks, stride_kh, stride_kd = (0, 0, 0, 1) if k is None else (0, *k.stride())[-4:]
     if (stride_qd != 1 and q.numel()) or (stride_kd != 1 and k.numel()):  # the one case that costs a copy
-        out = _launch(*(None if t is None else t.contiguous() for t in (q, k)), *options)
+        out = _launch(*(None if t is None else _dense(t, q) for t in (q, k)), *options)
         return tuple(None if t is None else t.copy_(o) for t, o in zip((q, k), out)) if inplace else out
     OUT = "inplace" if inplace else "bhsd" if stride_qh > stride_qs else "bshd"
     q_out, k_out = _dense_like(q, OUT), _dense_like(k, OUT)
@@ -421,6 +428,7 @@ class _RoPE(torch.autograd.Function):
 
 
 def _check_qk(q, k, dims):
+    _check_tensors(q=q, k=k)
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
     if q.dim() not in dims:
@@ -438,6 +446,7 @@ def _check_qk(q, k, dims):
 
 def _check_tables(q, cos, sin, position_ids, rotary_dim):
     """Returns R."""
+    _check_tensors(cos=cos, sin=sin, position_ids=position_ids)
     B, S, D = q.shape[0] if q.dim() == 4 else 1, q.shape[-3], q.shape[-1]
     for name, t in (("cos", cos), ("sin", sin), ("position_ids", position_ids)):
         if t is not None and t.device != q.device:
@@ -488,7 +497,7 @@ def apply_rope(
     or k is q; TypeError for dtypes.
     """
     _check_qk(q, k, (3, 4))
-    R = _check_tables(q, cos, sin, position_ids, _index(rotary_dim, "rotary_dim"))
+    R = _check_tables(q, cos, sin, position_ids, _index(rotary_dim, "rotary_dim", optional=True))
     if inplace:
         if k is q:
             raise ValueError("inplace must be False where k is q")
@@ -517,6 +526,7 @@ def apply_rotary_pos_emb(
     """
     if unsqueeze_dim not in (1, 2):
         raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
+    _check_tensors(q=q, k=k, cos=cos)
     if q.dim() != 4:
         form = "(B, H, S, D)" if unsqueeze_dim == 1 else "(B, S, H, D)"
         raise ValueError(f"q must be {form}, got shape {tuple(q.shape)}")
@@ -573,7 +583,7 @@ class RotaryEmbedding(nn.Module):
         known = isinstance(scaling, dict)  # else build_rope_cache says what is wrong
         self.scaling = {"max_position_embeddings": max_seq_len, **scaling} if known else scaling
         self.dynamic = known and "dynamic" in (scaling.get("rope_type"), scaling.get("type"))
-        self._cos, self._sin = self._build(max_seq_len, device)
+        self._kept = self._build(max_seq_len, device)  # cos and sin, replaced together: other threads read them
 
     def _build(self, rows, device):
         with torch.inference_mode(False), torch.no_grad():  # tables of inference mode could not serve training
@@ -582,7 +592,8 @@ class RotaryEmbedding(nn.Module):
     def _tables(self, length: int, q: Tensor) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_exporting():  # a program that keeps nothing: its lengths have no bound
             return self._build(length, q.device)
-        rows, eager = self._cos.shape[0], not torch.compiler.is_compiling()
+        kept, eager = self._kept, not torch.compiler.is_compiling()
+        rows = kept[0].shape[0]
         if length > rows:
             rows = 1
             while rows < length:  # bit_length would make a constant of length, so that torch.compile compiles for each
@@ -590,18 +601,28 @@ class RotaryEmbedding(nn.Module):
         elif rows > self.max_seq_len >= length and self.dynamic:
             rows = self.max_seq_len
         # made while torch.compile traced inference mode; or fake where q is not, or the other way about
-        unfit = eager and (self._cos.is_inference() or (type(self._cos) is Tensor) == hasattr(q, "fake_mode"))
-        if rows != self._cos.shape[0] or self._cos.device != q.device or unfit:
-            tables = self._build(rows, q.device)
+        unfit = eager and (kept[0].is_inference() or (type(kept[0]) is Tensor) == hasattr(q, "fake_mode"))
+        if rows != kept[0].shape[0] or kept[0].device != q.device or unfit:
+            kept = self._build(rows, q.device)
             transformed = eager and torch._C._functorch.peek_interpreter_stack() is not None
-            if transformed or type(tables[0]) not in (Tensor,):  # of torch.func or FakeTensorMode: for this call alone
-                return tables
-            self._cos, self._sin = tables
-        return self._cos, self._sin
+            if not transformed and type(kept[0]) in (Tensor,):  # torch.func's, FakeTensorMode's: for this call alone
+                self._kept = kept
+        return kept
 
-    def forward(self, q: Tensor, k: Tensor | None, seq_len: int | None = None, position_ids: Tensor | None = None):
+    def _apply(self, fn, recurse=True):
+        """Tables move with the module: made in a call that is compiled with CUDA graphs, they would be the graph's."""
+        super()._apply(fn, recurse)
+        with contextlib.suppress(NotImplementedError):  # from meta, which only to_empty leaves: made at the first call
+            device = fn(torch.empty(0, device=self._kept[0].device)).device
+            if device != self._kept[0].device:
+                self._kept = self._build(self._kept[0].shape[0], device)
+        return self
+
+    def forward(
+        self, q: Tensor, k: Tensor | None, seq_len: int | None = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         _check_qk(q, k, (3, 4))
-        length = q.shape[-3] if seq_len is None else max(q.shape[-3], seq_len)
+        length = q.shape[-3] if seq_len is None else max(q.shape[-3], _index(seq_len, "seq_len"))
         cos, sin = _on_mesh_of(q, *self._tables(length, q))
         if q.shape[-1] < 2 * cos.shape[-1]:
             raise ValueError(f"q must have a head_dim of at least {2 * cos.shape[-1]}, got shape {tuple(q.shape)}")
@@ -625,7 +646,7 @@ class RoPEAttention(nn.Module):
         n_kv_heads: int | None = None, interleaved: bool = False, bias: bool = False, device=None, dtype=None
     ):  # fmt: skip
         super().__init__()
-        n_heads = _index(n_heads, "n_heads")
+        d_model, n_heads = _index(d_model, "d_model"), _index(n_heads, "n_heads")
         n_kv_heads = n_heads if n_kv_heads is None else _index(n_kv_heads, "n_kv_heads")
         if n_heads < 1:
             raise ValueError(f"n_heads must be positive, got {n_heads}")
@@ -646,6 +667,7 @@ class RoPEAttention(nn.Module):
         self.rope = RotaryEmbedding(self.head_dim, base=theta, interleaved=interleaved, device=device)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        _check_tensors(x=x)
         if x.dim() != 3 or x.shape[-1] != self.q_proj.in_features:
             raise ValueError(f"x must be (B, S, {self.q_proj.in_features}), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -653,6 +675,7 @@ class RoPEAttention(nn.Module):
         if mask is not None and is_causal:
             raise ValueError("is_causal must be False where a mask is given")
         if mask is not None:
+            _check_tensors(mask=mask)
             autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and mask.is_floating_point()
             if not autocast and mask.dtype not in (torch.bool, torch.float32, x.dtype):
                 raise TypeError(f"mask must be bool, float32 or x's {x.dtype}, got {mask.dtype}")

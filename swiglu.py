@@ -346,6 +346,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dout):
         gate, up = ctx.saved_tensors
         dgate, dup = (gate.new_empty(gate.shape) if needed else None for needed in ctx.needs_input_grad[:2])
+        gate, up = _rows(gate), _rows(up)  # a hook for saved tensors may have changed their strides
         if up is None:
             gate, up = gate.chunk(2, dim=-1)
         _swiglu_backward(_rows(dout), gate, up, dgate, dup, ctx.activation)
@@ -531,7 +532,7 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx, dout):
         x, gate_weight, up_weight, gate, up = ctx.saved_tensors
         d = x.new_empty(gate.shape[0], 2 * gate.shape[1])
-        _swiglu_backward(_rows(dout), gate, up, d, None, ctx.activation)
+        _swiglu_backward(_rows(dout), _rows(gate), _rows(up), d, None, ctx.activation)
         dgate, dup = (d, None) if up_weight is None else d.chunk(2, dim=1)
         dx = dgate @ gate_weight if ctx.needs_input_grad[0] else None
         if dx is not None and dup is not None:
