@@ -8,7 +8,8 @@ Scales, told apart by their shapes (one number each; one a row of a and column o
 Few rows are bound by the bytes of b (K*N: half of 16 bits), many by 2*M*N*K operations at twice the rate of 16 bits.
 Numerics: Hopper's tensor cores keep some 14 bits when they add fp8 products up. fast_accum=True leaves the whole sum
     over K to them; False, and block scales always, add sums of 128 products (at most) up in float32. Scales and bias in
-    float32, one rounding at the end. Quantisers: scale = amax / 448, x * (1 / scale) rounded to nearest even.
+    float32, one rounding at the end. Quantisers: scale = amax / 448 (2^-126 at least), x * (1 / scale) rounded to
+    nearest even.
 
 Sources: https://arxiv.org/abs/2209.05433 (the format), https://arxiv.org/abs/2412.19437 (block scales, promoted sums)
 """
@@ -542,7 +543,9 @@ def _gpu(t: Tensor) -> tuple[tuple[int, int], int]:
 
 
 def quantize_fp8(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
-    """x / scale in float8_e4m3fn, scale = amax / 448 in float32 (1 for an all-zero slice): x is nearly fp8 * scale.
+    """x * (1 / scale) in float8_e4m3fn, so that x is nearly fp8 * scale.
+
+    scale = amax / 448 in float32, 2^-126 at least (1 for an all-zero slice).
 
     Args:
         x: (..., K), fp32/fp16/bf16. granularity: one scale for "tensor"; each "row" of K; each "block" of 128 values of
@@ -605,8 +608,9 @@ def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     """x_fp8 * scale in float32, rounded to dtype once. A dimension of scale is 1, x_fp8's, or a 128th of that."""
     if x_fp8.dtype != _FP8:
         raise TypeError(f"x_fp8 must be float8_e4m3fn, got {x_fp8.dtype}")
-    if not all(t.is_floating_point and t.itemsize > 1 for t in (scale.dtype, dtype)):
-        raise TypeError(f"scale and dtype must be float16, bfloat16, float32 or float64, got {scale.dtype} and {dtype}")
+    dtypes = getattr(scale, "dtype", type(scale)), dtype
+    if not all(isinstance(t, torch.dtype) and t.is_floating_point and t.itemsize > 1 for t in dtypes):
+        raise TypeError(f"scale and dtype must be float16, bfloat16, float32 or float64, got {dtypes[0]} and {dtype}")
     if x_fp8.device != scale.device:
         raise ValueError(f"scale must be on {x_fp8.device}, got {scale.device}")
     sizes = enumerate(zip(scale.shape[::-1], x_fp8.shape[::-1]))
@@ -833,8 +837,9 @@ def fp8_gemm(
         if not quantised and (not t.is_floating_point() or t.element_size() == 1):
             raise TypeError(f"{name} must be float8_e4m3fn, or float32, float16 or bfloat16, got {t.dtype}")
         if quantised != (scale is not None):
-            given = f"must be None: {name} is {t.dtype} and is quantised here"
-            raise ValueError(f"{name}_scale {'needs its scale, got None' if scale is None else given}")
+            none = f"None: {name} is {t.dtype} and is quantised here"
+            given = f"given where {name} is float8_e4m3fn, got None"
+            raise ValueError(f"{name}_scale must be {given if quantised else none}")
         if scale is not None and getattr(scale, "dtype", None) != torch.float32:
             raise TypeError(f"{name}_scale must be a float32 tensor, got {getattr(scale, 'dtype', type(scale))}")
     if output_dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -927,8 +932,9 @@ class FP8Linear(nn.Module):
 
     granularity: "tensor" and "row": one scale for all, or for each row of x and of the weight; "block": 1 x 128 for x,
     128 x 128 for the weight. A training weight is quantised in every forward. Elsewhere its fp8 copy is kept until the
-    weight changes; but torch.compile and CUDA graphs quantise in the graph: replays see the weight as it is then.
-    For inference from_linear drops the master weight, and nothing is quantised but x.
+    weight changes; but compiled or captured in a CUDA graph, the weight is quantised in every call, as it is then, and
+    so it is while another tensor shares its storage (`weight.data = buffer`, a state_dict that is held), whose writes
+    may go unrecorded. For inference from_linear drops the master weight, and nothing is quantised but x.
     """
 
     _cache = None  # (what tells the weight's state, its storage held weakly, (fp8, scale), stream, event)
@@ -956,11 +962,15 @@ class FP8Linear(nn.Module):
     def from_linear(cls, linear: nn.Linear, granularity: str = "row") -> "FP8Linear":
         """For inference: the fp8 weight alone (buffers weight_fp8 and weight_scale), half the memory. A bias parameter
         is taken over as it is; gradients to x and bias go through the dequantised weight."""
+        weight = getattr(linear, "weight", None)
+        floats = isinstance(weight, Tensor) and weight.is_floating_point()
+        if not floats or weight.ndim != 2 or not hasattr(linear, "in_features"):
+            raise TypeError(f"linear must be an nn.Linear with a float weight, got {type(linear).__name__}")
         new = cls(0, 0, False, granularity, device="meta")
         new.in_features, new.out_features = linear.in_features, linear.out_features
         bias = linear.bias  # a parametrised or pruned one is a plain tensor
         new.weight, new.bias = None, bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        b, b_scale = new._quantize(linear.weight)
+        b, b_scale = new._quantize(weight)
         new.register_buffer("weight_fp8", b.t())
         new.register_buffer("weight_scale", b_scale.t())
         return new.train(linear.training)
@@ -971,7 +981,7 @@ class FP8Linear(nn.Module):
         return q.t(), scale.t()
 
     def requantize(self) -> None:
-        """To be called after the writes that PyTorch does not record: through `weight.data` (`weight.data.mul_()`,
+        """To be called after writes that PyTorch does not record: by a method of `weight.data` (`weight.data.mul_()`,
         `weight.data += d`), and by some collectives (torch.distributed.broadcast, all_reduce)."""
         self._cache = None
 
@@ -983,6 +993,9 @@ class FP8Linear(nn.Module):
         ):  # fmt: skip
             return self._quantize(w)
         storage = w.untyped_storage()
+        if torch._C._storage_Use_Count(storage._cdata) > 2:  # w, storage, and a tensor whose writes may go unseen
+            self._cache = None
+            return self._quantize(w)
         state = storage._cdata, w.data_ptr(), w._version, w.dtype, w.shape, w.stride(), self.granularity
         state += (_steps_of(storage),)
         stream = torch._C._cuda_getCurrentRawStream(w.get_device()) if w.is_cuda else None  # 3 us less than a Stream
@@ -1020,12 +1033,23 @@ class FP8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point() or x.element_size() == 1:
             raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have shape (..., {self.in_features}), got {tuple(x.shape)}")
         weight, bias = self.weight, self.bias
-        device = (self.weight_fp8 if weight is None else weight).device
-        if x.device != device:
-            raise ValueError(f"x must be on the weight's device {device}, got {x.device}")
+        w, scale = (self.weight_fp8, self.weight_scale) if weight is None else (weight, None)
+        if weight is None and (w.dtype != _FP8 or scale.dtype != torch.float32):
+            got = f"{w.dtype} and {scale.dtype}"
+            raise TypeError(f"weight_fp8 and weight_scale must be float8_e4m3fn and float32, got {got}")
+        N, K, device = self.out_features, self.in_features, w.device  # numbers, where torch.compile has symbols
+        if w.shape != (N, K):  # it was replaced
+            if w.ndim != 2:
+                raise ValueError(f"weight must have shape (N, K), got {tuple(w.shape)}")
+            N, K = w.shape
+        if x.ndim == 0 or x.shape[-1] != K:
+            raise ValueError(f"x must have shape (..., {K}), got {tuple(x.shape)}")
+        if bias is not None and bias.shape != (N,):
+            raise ValueError(f"bias must have shape {(N,)}, got {tuple(bias.shape)}")
+        for name, t in (("x", x), ("bias", bias)):
+            if t is not None and t.device != device:
+                raise ValueError(f"{name} must be on the weight's device {device}, got {t.device}")
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
             if x.dtype != torch.float64:
                 x = x.to(torch.get_autocast_dtype(device.type))
@@ -1034,20 +1058,20 @@ class FP8Linear(nn.Module):
         training = torch.is_grad_enabled()
         weight_trains = training and weight is not None and weight.requires_grad
         if weight is None:
-            quantized = self.weight_fp8.t(), self.weight_scale.t()
+            quantized = w.t(), scale.t()
         elif weight_trains:
             quantized = self._quantize(weight)
         else:
             quantized = self._cached_weight(weight)
         # when compiled, 2-D x is reshaped, too, so that K is a number: a symbol fails in training (torch 2.11, dynamic)
         as_is = x.ndim == 2 and not torch.compiler.is_compiling()
-        rows = x if as_is else x.reshape(-1 if self.in_features else x.shape[:-1].numel(), self.in_features)
+        rows = x if as_is else x.reshape(-1 if K else x.shape[:-1].numel(), K)
         trains = weight_trains or training and (x.requires_grad or bias is not None and bias.requires_grad)
         if trains and not torch.jit.is_tracing():  # which would record the Function, not what it does
             y = _FP8Linear.apply(rows, weight, bias, *quantized, self.granularity)
         else:
             y = _linear(rows, *quantized, bias, self.granularity)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
 
     def extra_repr(self) -> str:
         return (

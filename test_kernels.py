@@ -4372,6 +4372,60 @@ def test_fp8_linear_cache_is_never_stale():
         assert torch.equal(layer(x), _fp8_fresh(layer, x))
 
 
+def test_fp8_linear_cache_keeps_nothing_of_a_shared_weight():
+    """Writes of another tensor into the weight's storage are no version of the weight's."""
+    x, vector, buffer = randn(3, 64), randn(24 * 64 + 8 * 24), randn(24, 64)
+    model = nn.Sequential(*(fp8_gemm.FP8Linear(*sizes, device=DEVICE) for sizes in ((64, 24), (24, 8)))).requires_grad_(False)
+    for _ in range(3):
+        nn.utils.vector_to_parameters(vector.normal_(), model.parameters())
+        assert torch.equal(model(x), copy.deepcopy(model)(x))
+    layer = model[0]
+    for _ in range(3):
+        layer.weight.data = buffer.normal_()
+        assert torch.equal(layer(x), _fp8_fresh(layer, x))
+    del buffer  # now the weight's alone
+    for _ in range(2):
+        layer(x)
+        assert layer._cache is not None
+        held = layer.weight.data
+        layer(x), held.mul_(3.0)
+        del held  # what was kept before it was is gone
+        assert torch.equal(layer(x), _fp8_fresh(layer, x))
+
+
+def test_fp8_linear_cache_stays_while_its_weight_is_saved_or_tied():
+    """Neither makes a second tensor of the storage; a state_dict does, for as long as it is held."""
+    layer, tied = (fp8_gemm.FP8Linear(64, 24, device=DEVICE).requires_grad_(False) for _ in range(2))
+    x, tied.weight = randn(3, 64, grad=True), layer.weight
+    layer(x), tied(x)
+    kept = layer._cache, tied._cache
+    assert None not in kept
+    outs = [module(x) for module in (layer, tied, layer)]
+    assert (layer._cache, tied._cache) == kept and layer._cache is kept[0]
+    for y in outs:
+        y.sum().backward()
+        layer(x), tied(x)
+        assert layer._cache is kept[0] and tied._cache is kept[1]
+    held = layer.state_dict()
+    assert torch.equal(layer(x), outs[0]) and layer._cache is None
+    del held
+    layer(x)
+    assert layer._cache is not None
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (24, 32)])
+def test_fp8_linear_takes_a_weight_of_other_sizes(shape):
+    """As nn.Linear does, which has no use for its in_features either."""
+    layer = fp8_gemm.FP8Linear(64, 24, device=DEVICE)
+    layer.weight = nn.Parameter(randn(*shape))
+    for lead in ((3,), (2, 3)):
+        x = randn(*lead, shape[1], grad=True)
+        y, want = layer(x), F.linear(x, layer.weight)
+        assert y.shape == want.shape and (y - want).norm() < 0.05 * want.norm()
+        for got, like in zip(torch.autograd.grad(y.sum(), (x, layer.weight)), torch.autograd.grad(want.sum(), (x, layer.weight))):
+            torch.testing.assert_close(got, like)
+
+
 @needs_gpu  # the interpreter rounds to fp8 wrongly
 @pytest.mark.parametrize("sms", [1, 132])  # to one SM a few channels are many: other launches
 @pytest.mark.parametrize("granularity", RECIPES)
@@ -4577,13 +4631,26 @@ def _fp8_error(change):
     return call
 
 
+def _fp8_replaced(**parameters):
+    layer = fp8_gemm.FP8Linear(4, 8, True, device=DEVICE)
+    for name, t in parameters.items():
+        setattr(layer, name, nn.Parameter(t))
+    return layer(randn(2, 3, 4))
+
+
+def _fp8_halved():
+    layer = fp8_gemm.FP8Linear.from_linear(nn.Linear(4, 8, device="meta"))
+    layer.load_state_dict({name: t.half() for name, t in layer.state_dict().items()}, assign=True)
+    return layer(torch.empty(2, 4, device="meta"))
+
+
 for _name, _change, _error, _match in [
     ("1-d a", lambda a: {"a": a["a"][0]}, ValueError, r"a and b must have shapes.*\(300,\)"),
     ("K differs", lambda a: {"a": a["a"][:, 1:]}, ValueError, r"\(M, K\) and \(K, N\).*\(2, 299\)"),
     ("int a", lambda a: {"a": a["a"].float().int()}, TypeError, "a must be float8_e4m3fn.*int32"),
     ("e5m2 b", lambda a: {"b": a["b"].float().to(torch.float8_e5m2)}, TypeError, "b must be float8_e4m3fn.*float8_e5m2"),
-    ("no a_scale", lambda a: {"a_scale": None}, ValueError, "a_scale needs its scale"),
-    ("no b_scale", lambda a: {"b_scale": None}, ValueError, "b_scale needs its scale"),
+    ("no a_scale", lambda a: {"a_scale": None}, ValueError, "a_scale must be given where a is float8_e4m3fn, got None"),
+    ("no b_scale", lambda a: {"b_scale": None}, ValueError, "b_scale must be given where b is float8_e4m3fn, got None"),
     ("scale for floats", lambda a: {"a": a["a"].float()}, ValueError, "a_scale must be None: a is torch.float32"),
     ("scale dtype", lambda a: {"b_scale": a["b_scale"].half()}, TypeError, "b_scale must be a float32 tensor.*float16"),
     ("scale a number", lambda a: {"a_scale": 1.0}, TypeError, "a_scale must be a float32 tensor.*float"),
@@ -4610,6 +4677,20 @@ ERRORS += [
     ("FP8Linear: x", lambda: fp8_gemm.FP8Linear(4, 4, device=DEVICE)(randn(2, 5)), ValueError, r"x must have shape \(\.\.\., 4\).*5"),
     ("FP8Linear: x dtype", lambda: fp8_gemm.FP8Linear(4, 4, device=DEVICE)(randn(2, 4).int()), TypeError, "x must be.*int32"),
     ("FP8Linear: device", lambda: fp8_gemm.FP8Linear(4, 4, device="meta")(randn(2, 4)), ValueError, "x must be on the weight's device meta"),
+    ("FP8Linear: bias", lambda: _fp8_replaced(bias=randn(9)), ValueError, r"bias must have shape \(8,\), got \(9,\)"),
+    ("FP8Linear: bias of one", lambda: _fp8_replaced(bias=randn(1)), ValueError, r"bias must have shape \(8,\), got \(1,\)"),
+    ("FP8Linear: bias device", lambda: _fp8_replaced(bias=randn(8).to("meta")), ValueError, "bias must be on the weight's device.*meta"),
+    ("FP8Linear: other N", lambda: _fp8_replaced(weight=randn(6, 4)), ValueError, r"bias must have shape \(6,\), got \(8,\)"),
+    ("FP8Linear: other K", lambda: _fp8_replaced(weight=randn(8, 5)), ValueError, r"x must have shape \(\.\.\., 5\), got \(2, 3, 4\)"),
+    ("FP8Linear: flat weight", lambda: _fp8_replaced(weight=randn(32)), ValueError, r"weight must have shape \(N, K\), got \(32,\)"),
+    ("FP8Linear: halved", _fp8_halved, TypeError, "weight_fp8 and weight_scale must be float8_e4m3fn and float32.*float16"),
+    ("FP8Linear.from_linear: Conv1d", lambda: fp8_gemm.FP8Linear.from_linear(nn.Conv1d(4, 4, 1)), TypeError, "linear must be an nn.Linear.*Conv1d"),
+    ("FP8Linear.from_linear: Embedding", lambda: fp8_gemm.FP8Linear.from_linear(nn.Embedding(4, 4)), TypeError, "linear must be.*Embedding"),
+    ("FP8Linear.from_linear: converted", lambda: fp8_gemm.FP8Linear.from_linear(fp8_gemm.FP8Linear.from_linear(nn.Linear(4, 4, device="meta"))),
+     TypeError, "linear must be.*FP8Linear"),
+    ("dequantize_fp8: no scale", lambda: fp8_gemm.dequantize_fp8(randn(3).to(FP8), None), TypeError, "scale and dtype must be.*NoneType"),
+    ("dequantize_fp8: a number", lambda: fp8_gemm.dequantize_fp8(randn(3).to(FP8), 0.5), TypeError, "scale and dtype must be.*float'"),
+    ("dequantize_fp8: no dtype", lambda: fp8_gemm.dequantize_fp8(randn(3).to(FP8), randn(1), None), TypeError, "scale and dtype must be.*and None"),
 ]  # fmt: skip
 
 

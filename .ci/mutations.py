@@ -40,6 +40,7 @@ MUTATIONS = [
     ("norm: second derivatives silently wrong", "rmsnorm.py", "    @torch.autograd.function.once_differentiable\n", "", "test_trust_gradients"),
     ("launch: alignment left out of the key", "rmsnorm.py", "t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,)", "t.dtype", "test_host"),
     ("launch: device left out of the key", "swiglu.py", "key = id(kernel), device, scalars,", "key = id(kernel), scalars,", "test_host"),
+    ("norm: strides of saved tensors taken for granted", "rmsnorm.py", "shape, h, rstd = h.shape, _rows(h), rstd.contiguous()", "shape = h.shape", "test_trust_hooks"),
     ("norm: rows with a stride copied", "rmsnorm.py", "return t if t.stride(1) == 1 else t.contiguous()", "return t.contiguous()", "test_trust_copies"),
     # ---- rope
     ("rope: wrong half", "rope.py", "tl.load(x_ptr + R // 2 + pairs", "tl.load(x_ptr + D // 2 + pairs", "test_rope"),
@@ -52,6 +53,7 @@ MUTATIONS = [
     ("rope: angle rounded down to a quarter turn", "rope.py", "quarter = (turn + 536870912) >> 30", "quarter = turn >> 30", "test_rope_angles"),
     ("rope: heads share one stride of k and q", "rope.py", "stride_h, H = tl.where(of_k, stride_kh, stride_qh)", "stride_h, H = stride_qh", "test_rope"),
     ("rope: yarn without its attention factor", "rope.py", "if m and m_all else grow + 1", "if m and m_all else 1.0", "test_rope_scaling"),
+    ("rope: tables stay where they were made", "rope.py", "            if device != self._kept[0].device:\n", "            if False:\n", "test_rope_embedding_moves"),
     ("rope: autograd not told of inplace", "rope.py", "torch.autograd.graph.increment_version(t)", "pass", "test_rope_inplace or trust"),
     ("rope: tables of a batch read with one stride", "rope.py", "stride_cb = cos.stride(0) if at and cos.shape[0] > 1 else 0\n    if", "stride_cb = 0\n    if",
      "test_rope"),
@@ -102,6 +104,7 @@ MUTATIONS = [
     ("int8: AMD sent to the twin", "int8_gemm.py", "return (8, 0), 100", "return (7, 5), 100", "test_trust_amds_route"),
     ("int8: W8A8 has no gradient in its twin", "int8_gemm.py", "x - x.detach() if quantize_activations", "x.detach() * 0.0 if quantize_activations", "test_int8"),
     # ---- fp8
+    ("fp8: cached while another tensor shares the memory", "fp8_gemm.py", "storage._cdata) > 2:", "storage._cdata) > 99:", "test_fp8_linear_cache"),
     ("fp8: stale cache after an in-place edit", "fp8_gemm.py", "state = storage._cdata, w.data_ptr(), w._version,", "state = storage._cdata, w.data_ptr(),",
      "test_fp8_linear_cache"),
     ("fp8: stale cache after another tensor took the memory", "fp8_gemm.py", "state, StorageWeakRef(storage), quantized", "state, None, quantized",
