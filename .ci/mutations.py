@@ -127,7 +127,7 @@ MUTATIONS = [
     ("fp8: the cache goes along with a copy", "fp8_gemm.py", "        return type(None), ()\n", "        return tuple, (tuple(self),)\n", "test_fp8_linear_copies"),
     ("rope: results as transposed views", "rope.py", "return x.new_empty_strided(x.shape, (H * S * D, D, S * D, 1)[-x.dim() :])",
      "return _dense_like(x.transpose(-3, -2), '').transpose(-3, -2)", "test_rope_results"),
-    ("rope: tables of inference mode kept", "rope.py", "unfit = eager and (self._cos.is_inference() or", "unfit = eager and (", "test_rope_embedding_tables"),
+    ("rope: tables of inference mode kept", "rope.py", "unfit = eager and (kept[0].is_inference() or", "unfit = eager and (", "test_rope_embedding_tables"),
     # ---- device.py
     ("fp8: blocks repeated, which Inductor cuts wrongly", "fp8_gemm.py", "        if torch.compiler.is_compiling():\n            # By an index",
      "        if False:\n            # By an index", "test_compile_blocks_by_inductor"),
