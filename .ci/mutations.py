@@ -72,7 +72,7 @@ MUTATIONS = [
      "rstd = tl.where(mask, rstd, 0.0)", "rstd += 0.0",
      "test_trust_norms"),
     ("fused: positions outside the tables", "fused_rmsnorm_rope.py", "tl.where(known | (mask == 0), cos, float(\"nan\"))", "cos", "test_fused"),
-    ("fused: strided weights", "fused_rmsnorm_rope.py", "x.contiguous(), q_weight.contiguous(), k_weight", "x.contiguous(), q_weight, k_weight",
+    ("fused: strided weights", "fused_rmsnorm_rope.py", "return x, q_weight.contiguous(), k_weight", "return x, q_weight, k_weight",
      "test_fuzz and fused"),
     # ---- swiglu
     ("swiglu: halves of a packed tensor swapped", "swiglu.py", "        gate, up = gate.chunk(2, dim=-1)\n    if out",
@@ -86,7 +86,7 @@ MUTATIONS = [
      "dx = None if ctx.needs_input_grad[0] else dgate @ gate_weight", "test_gated"),
     ("gated MLP: one descriptor, however far apart", "swiglu.py", "gate_weight.data_ptr()) < 2**40", "gate_weight.data_ptr()) < 2**62", "test_gated"),
     ("gated MLP: columns between two launches left out", "swiglu.py", "up_weight, made, activation, end)\n", "up_weight, made, activation, end + 8)\n", "test_gated or gated_mlp_of_two"),
-    ("swiglu: a strided gradient", "swiglu.py", "_swiglu_backward(_rows(dout), gate, up, d, None", "_swiglu_backward(dout, gate, up, d, None", "test_gated or test_trust_gradients_of"),
+    ("swiglu: a strided gradient", "swiglu.py", "_swiglu_backward(_rows(dout), _rows(gate), _rows(up), d, None", "_swiglu_backward(dout, _rows(gate), _rows(up), d, None", "test_gated or test_trust_gradients_of"),
     # ---- int8
     ("int8: halves rounded up", "int8_gemm.py", "return (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)", "return tl.floor(v + 0.5).to(tl.int8)", "test_int8_quantizer"),
     ("int8: an all-zero row", "int8_gemm.py", "        scale = tl.where(scale == 0.0, 1.0, scale)\n        tl.store(scale_ptr",
