@@ -249,12 +249,16 @@ if triton is not None:
     def _gemm_kernel(
         a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, stride_am, stride_wn,
         stride_asm, stride_ask, stride_wsn, stride_wsk,
-        BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, IEEE: tl.constexpr, EVEN_K: tl.constexpr,
+        BLOCKS: tl.constexpr, PROMOTE: tl.constexpr, IEEE: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """One tile of y, held transposed: the weight's rows fill the 64 that a tensor core takes, however few a has."""
+        """One tile of y, held transposed: the weight's rows fill the 64 that a tensor core takes, however few a has.
+
+        With SPLIT > 1 that many programs share a tile, each with every SPLITth step of K, and y is (SPLIT, M, N).
+        """
         tiles_m = tl.cdiv(M, BLOCK_M)
-        m, n = tl.program_id(0) % tiles_m * BLOCK_M, tl.program_id(0) // tiles_m * BLOCK_N
+        part, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+        m, n = tile % tiles_m * BLOCK_M, tile // tiles_m * BLOCK_N
         offs_m, offs_n, offs_k = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         # rows past the end wrap around: whole vectors are loaded without a mask and dropped at the store
         w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
@@ -262,7 +266,7 @@ if triton is not None:
         a_scale_ptrs = a_scale_ptr + (offs_m % M).to(tl.int64) * stride_asm
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         # num_stages at the loop has the scales fetched as far ahead as a and w: M = 8 at 14336 x 4096 29 us, else 57
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        for k in tl.range(part * BLOCK_K, K, SPLIT * BLOCK_K, num_stages=STAGES):
             if BLOCKS:  # BLOCK_N divides 128: one scale of w serves the tile
                 scale = tl.load(a_scale_ptrs + k // 128 * stride_ask)
                 scale *= tl.load(w_scale_ptr + n // 128 * stride_wsn + k // 128 * stride_wsk)
@@ -287,8 +291,21 @@ if triton is not None:
             acc = acc * tl.load(a_scale_ptrs)[None, :] * tl.load(w_scale_ptr + offs_n % N * stride_wsn)[:, None]
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=offs_n < N).to(tl.float32)[:, None]
-        y_ptrs = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        y_ptrs = y_ptr + (part.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[None, :] < M) & (offs_n[:, None] < N))
+
+    @triton.jit(do_not_specialize=["M"])
+    def _add_parts_kernel(parts_ptr, bias_ptr, y_ptr, M, N, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+        """parts (SPLIT, M, N) summed, and the bias."""
+        tiles_n = tl.cdiv(N, BLOCK_N)
+        row = tl.program_id(0).to(tl.int64) // tiles_n
+        cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_N,), tl.float32)
+        for part in tl.static_range(SPLIT):
+            acc += tl.load(parts_ptr + (part * M + row) * N + cols, mask=cols < N)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + cols, mask=cols < N).to(tl.float32)
+        tl.store(y_ptr + row * N + cols, acc.to(y_ptr.dtype.element_ty), mask=cols < N)
 
     @triton.jit
     def _add_scaled(acc, x, scale):
@@ -691,7 +708,13 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         _enqueue(_gemv_kernel, -(-N // block_n), (a, b, a_scale, b_scale, bias, y), scalars, num_warps=warps)
         return y
     rows = _rule_rows(M)
-    on_hopper, few = capability[0] == 9 and not widen, promote and _tiles(rows, N, 128, 64) <= 2 * sms
+    on_hopper = capability[0] == 9 and not widen
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    tiles = _tiles(rows, N, block_m, 64)
+    split = _parts(tiles, K, sms) if on_hopper else 1
+    if not promote and (K < 7168 or split < (4 if rows <= 64 else 3)):
+        split = 1  # fast sums gain less: us at 7168 x 2048, M = 8, 128 8.4, 12.1, whole 9.8, 15.7; 8192 x 8192 25, 24
+    few = tiles <= 2 * sms if promote else split > 1
     if rows > 64 and on_hopper and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
         groups = 0
         if gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling()):  # no Gluon there
@@ -710,13 +733,15 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     if ieee:
         block_m, block_n, block_k, warps, stages = 32 if rows > 16 else 16, 64, 128 if blocks else 32, 4, 2
     elif rows <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
-        block_m, block_n, block_k, warps = 16 if rows <= 16 else 32 if rows <= 32 else 64, 64, 128, 4
+        block_n, block_k, warps = 64, 128, 4
         stages = 3 if widen or capability[0] not in (9, 10) else 6  # others have 100 kB or less
-        if not (widen or promote) and N <= 64 * sms:
-            block_k = 256  # us, M = 16: 23 and not 31 at 14336 x 4096, 8.4 and not 10.1 at 4096 x 4096
-        elif stages == 6 and rows <= 32 and not 128 * sms < N <= 192 * sms:  # there 3 programs with 6 fit: all at once
-            stages = 8  # us, M = 8, promoted: 28 and not 32 at 14336 x 4096, 44 and not 50 at 5120 x 27648
-    elif promote and on_hopper:
+        if not (widen or promote) and N <= 64 * sms and split == 1:
+            block_k = 256  # us, M = 16: 8.4 and not 10.1 at 4096 x 4096
+        elif stages == 6 and rows <= 32 and not 128 * sms < N <= 192 * sms and split == 1:
+            stages = 8  # us, M = 8, promoted: 44 and not 50 at 5120 x 27648; there 3 programs with 6 fit: all at once
+    elif on_hopper and few and split > 1:
+        block_n, block_k, warps, stages = 64, 128, 4, 4
+    elif on_hopper and promote:
         # Small tiles give work to each SM. us, block scales, M = 100: 42 and not the 82 of 128 x 128 at 14336 x 4096,
         # 26 and not 35 at 4096 x 14336, 15 and not 25 at 4096 x 4096; M = 512 at 14336 x 4096: 65 and not 81
         block_m, block_n, block_k, warps = 64 if _tiles(rows, N, 64, 64) <= sms else 128, 64, 128, 4
@@ -724,12 +749,25 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     else:
         block_m, block_n, block_k, warps, stages = (64, 64, 128, 8, 2) if blocks else (128, 128, 64, 8, 3)
     scalars = (
-        M, N, K, a.stride(0), b.stride(1), *strides, blocks, promote, ieee, K % block_k == 0, block_m, block_n,
+        M, N, K, a.stride(0), b.stride(1), *strides, blocks, promote, ieee, K % block_k == 0, split, block_m, block_n,
         block_k, stages
     )  # fmt: skip
-    tensors = a, b, a_scale, b_scale, bias, y
-    _enqueue(_gemm_kernel, _tiles(M, N, block_m, block_n), tensors, scalars, num_warps=warps, num_stages=stages)
+    out = y if split == 1 else y.new_empty(split, M, N, dtype=torch.float32)
+    tensors = a, b, a_scale, b_scale, bias if split == 1 else None, out
+    _enqueue(_gemm_kernel, _tiles(M, N, block_m, block_n) * split, tensors, scalars, num_warps=warps, num_stages=stages)
+    if split > 1:
+        _enqueue(_add_parts_kernel, M * -(-N // 1024), (out, bias, y), (M, N, split, 1024), num_warps=4)
     return y
+
+
+def _parts(tiles: int, K: int, sms: int) -> int:
+    """How many programs share a tile of few rows, so that each SM has two; their sums are then added up."""
+    # us, block scales, M = 16, 64, 128, 256: 22.9, 26.8, 30.2, 40.7 at 14336 x 4096, 9.0, 10.6, 12.7, 16.4 at 7168 x
+    # 2048; whole 29.0, 41.2, 42.1, 49.4 and 14.1, 21.8, 21.9, 22.3 (_scaled_mm 26, 42, 42, 43 and 15, 22, 22, 22)
+    for parts in (6, 4, 3, 2):
+        if parts * tiles <= 2 * sms and K >= parts * (1400 if parts > 2 else 36 * tiles):
+            return parts
+    return 1
 
 
 def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, tile=None) -> None:

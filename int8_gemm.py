@@ -138,6 +138,11 @@ if triton is not None:
         else:
             return x.to(tl.int16, bitcast=True) & 0x7FFF
 
+    @triton.jit
+    def _scale_of(magnitude, dtype: tl.constexpr, QMAX: tl.constexpr):
+        scale = tl.div_rn(magnitude.to(dtype, bitcast=True).to(tl.float32), QMAX)
+        return tl.where(scale == 0.0, 1.0, scale)
+
     @triton.jit(do_not_specialize=["M"])
     def _quantize_rows_kernel(
         x_ptr, q_ptr, scale_ptr, stride_xm, M, K,
@@ -153,9 +158,7 @@ if triton is not None:
             for k in range(BLOCK_K, K, BLOCK_K):
                 mask_k = (rows[:, None] < M) & (cols[None, :] < K - k)
                 amax = tl.maximum(amax, tl.max(_magnitude(tl.load(x_ptrs + k, mask=mask_k, other=0.0)), 1))
-        amax = amax.to(_magnitude(x).dtype).to(x.dtype, bitcast=True)
-        scale = tl.div_rn(amax.to(tl.float32), QMAX)
-        scale = tl.where(scale == 0.0, 1.0, scale)
+        scale = _scale_of(amax.to(_magnitude(x).dtype), x.dtype, QMAX)
         tl.store(scale_ptr + rows, scale, mask=rows < M)
         scale = scale[:, None]
         tl.store(q_ptrs, _nearest(x.to(tl.float32), scale, QMAX), mask=mask)
@@ -189,27 +192,40 @@ if triton is not None:
     @triton.jit
     def _one_row_kernel(
         x_ptr, w_ptr, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, N, K, stride_wn,
-        EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        ROW: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """y = x @ w.T for one row of x: plain products and sums, since a tensor core would waste 15 of its 16 rows."""
-        W8A8: tl.constexpr = x_scale_ptr is not None
+        """y = x @ w.T for one row of x: plain products and sums, since a tensor core would waste 15 of its 16 rows.
+
+        ROW > 0 (W8A8): x is float, ROW its length rounded up to a power of 2, and each program quantises it for itself.
+        """
+        QUANTIZE: tl.constexpr = ROW > 0
+        W8A8: tl.constexpr = QUANTIZE or x_scale_ptr is not None
         offs_n, offs_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
         # each thread's 16 values are summed at once: fewer registers. 20.1 us at (4096, 14336) on an H200, kept apart
         # 21.3
         acc = tl.zeros((BLOCK_N, BLOCK_K // 16), tl.int32 if W8A8 else tl.float32)
+        if QUANTIZE:
+            row = tl.arange(0, ROW)
+            magnitude = _magnitude(tl.load(x_ptr + row, mask=row < K, other=0.0))
+            x_scale = _scale_of(tl.max(magnitude, 0).to(magnitude.dtype), x_ptr.dtype.element_ty, 127)
         for k in range(0, K, BLOCK_K):
             if EVEN_K:
                 w, x = tl.load(w_ptrs + k, eviction_policy="evict_first"), tl.load(x_ptr + k + offs_k)
             else:
                 w = tl.load(w_ptrs + k, mask=offs_k[None, :] < K - k, other=0, eviction_policy="evict_first")
                 x = tl.load(x_ptr + k + offs_k, mask=offs_k < K - k, other=0)
+            if QUANTIZE:
+                x = _nearest(x.to(tl.float32), x_scale, 127)
             if W8A8:
                 y = w.to(tl.int32) * x.to(tl.int32)[None, :]
             else:
                 y = _widen(w, tl.float32) * x.to(tl.float32)[None, :]
             acc += tl.sum(tl.reshape(y, (BLOCK_N, BLOCK_K // 16, 16)), 2)
-        y = _finish(tl.sum(acc, 1), x_scale_ptr, scale_ptr, bias_ptr, tl.program_id(1), offs_n, 1, N)
+        y = tl.sum(acc, 1).to(tl.float32)
+        if QUANTIZE:
+            y *= x_scale
+        y = _finish(y, x_scale_ptr, scale_ptr, bias_ptr, tl.program_id(1), offs_n, 1, N)
         tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=offs_n < N)
 
     @triton.jit(do_not_specialize=["M"])
@@ -583,13 +599,19 @@ def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) ->
     return q.contiguous(), scale.contiguous()
 
 
+def _row_block(K: int) -> int:
+    """How many columns of a row are read at once: all, up to 16384."""
+    block = 128
+    while block < min(K, 16384):
+        block *= 2
+    return block
+
+
 def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     q, scale = x.new_empty(M, K, dtype=torch.int8), x.new_empty(M, dtype=torch.float32)
-    block_k = 128
-    while block_k < min(K, 16384):
-        block_k *= 2
+    block_k = _row_block(K)
     block_m = max(1, 2048 // block_k)
     # us, H200: 27.3 for 8192 x 4096, where a copy of as many bytes takes 25.4; 87 for 8192 x 14336 (the copy rate: 83)
     # Few long rows want more warps: 32 x 8960, 32 x 27648 2.8, 5.3, with four 3.8, 7.3 (4096 x 8960 43, with four 38)
@@ -676,13 +698,21 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     scale, bias = scale.contiguous(), bias if bias is None else bias.contiguous()
-    x, x_scale = _quantize_rows(x) if w8a8 else (x, None)
     capability, sms = _gpu(x)
     if M == 1:
         # us, H200, (4096, 14336), (14336, 4096), (4096, 4096): 19.1, 19.3, 7.9 (bf16 38, 39, 16; to read the weight
         # takes 17.0, 16.6, 6.6). As many programs as the SMs hold at once, where they can: (16384, 6144), (8192, 8192),
         # (4096, 11008) 29.7, 20.8, 15.6, by 4 channels and 1024 columns 35.3, 22.2, 17.2
-        if N <= 20 * sms:
+        row = _row_block(K) if w8a8 and K <= 16384 else 0
+        # W8A8 in one launch, which takes the host 21 us a call (H200), else 37: 19.7, 19.6, 8.5 (by two 20.2, 21.2, 9.5);
+        # (8192, 28672), (3584, 18944), (2560, 9728) 65.6, 21.5, 10.2 (66.3, 22.5, 11.2). (28672, 8192) 70, by two 67
+        if row and K > 8192:
+            block_n, block_k, warps = (8, 2048, 4) if N <= 40 * sms else (8, 1024, 4)
+        elif row and N > 72 * sms:
+            block_n, block_k, warps = (16, 512, 2) if N <= 144 * sms else (8, 1024, 4)
+        elif row:
+            block_n, block_k, warps = (4, 2048, 4) if N <= 20 * sms else (8, 512, 2) if K % 1024 else (8, 1024, 4)
+        elif N <= 20 * sms:
             block_n, block_k, warps = 2, 2048, 4
         elif K % 1024 and K <= 8192:
             block_n, block_k, warps = 4, 512, 2
@@ -690,9 +720,11 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
             block_n, block_k, warps = 4, 1024, 4
         else:
             block_n, block_k, warps = (8, 1024, 4) if N <= 72 * sms else (8, 512, 2)
-        scalars = N, K, weight.stride(0), bool(K % block_k == 0), block_n, block_k
+        x, x_scale = _quantize_rows(x) if w8a8 and not row else (x, None)
+        scalars = N, K, weight.stride(0), row, bool(K % block_k == 0), block_n, block_k
         _enqueue(_one_row_kernel, -(-N // block_n), (x, weight, x_scale, scale, bias, y), scalars, num_warps=warps)
         return y
+    x, x_scale = _quantize_rows(x) if w8a8 else (x, None)
     rows, ieee = _rule_rows(M), not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
     # By groups of warps, but where eight parts of K do better: us at (8192, 1024), M = 128, 384: 25, 28, else 18, 33
     few_channels = N < 2048 and rows <= 256

@@ -168,8 +168,10 @@ if triton is not None:
         cols = tl.arange(0, BLOCK_N)[None, :]
         piece = tl.arange(0, PIECES)[:, None]
         POLICY: tl.constexpr = "evict_first" if PIECES > 1 else ""
+        KEPT: tl.constexpr = PIECES == 1 and BLOCK_N <= 8192  # longer rows would leave no registers for the weight
         if PIECES == 1:
             cols += tl.program_id(0) // programs * BLOCK_N
+        if KEPT:
             w = _load_weight(w_ptr, cols, cols < N, offset, "")
         dw = tl.zeros((BLOCK_M * PIECES, BLOCK_N), tl.float32)
         # Stages load the next rows meanwhile: 199 us at 16384x8192, without them 266
@@ -190,7 +192,7 @@ if triton is not None:
                     part = dy * (xhat.to(dy_ptr.dtype.element_ty).to(tl.float32) if LLAMA else xhat)
                     dw += part if PIECES == 1 else tl.where(piece == k, part, 0.0)
                 if dx_ptr is not None or dres_ptr is not None:
-                    g = dy * (w if PIECES == 1 else _load_weight(w_ptr, at, at < N, offset, ""))
+                    g = dy * (w if KEPT else _load_weight(w_ptr, at, at < N, offset, ""))
                     if PIECES == 1 and mean_ptr is None:
                         mean = tl.sum(g * xhat, axis=1, keep_dims=True) / N
                     dx = rstd * (g - xhat * mean)
@@ -305,22 +307,28 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     if N > 8192:
         widest = 65536 // x.element_size() // (1 if residual is None else 2)
         BLOCK_N = min(BLOCK_N // (2 if N >= BLOCK_N // 4 * 3 else 4), widest)
-    num_warps, unroll = 4 if N <= 3072 else 8 if N <= 6144 else 16, 1
+    # Rows that leave much of their block empty want few warps: 96.7 at 65536x1536, 4.1 at 2048x1152 (four: 99.2, 4.7)
+    num_warps = 2 if 512 < N < 2048 else 4 if N <= 3072 else 8 if N <= (7168 if residual is None else 6144) else 16
+    unroll = 1
     if N > 32768 and residual is None and torch.version.hip is None:  # 32 of AMD's warps would be too many threads
         num_warps, unroll = 32, N // BLOCK_N - 1 if N % BLOCK_N == 0 and N <= 8 * BLOCK_N else 1
     BLOCK_M = max(2048 // BLOCK_N, 1)
-    # Many rows of 3073 to 8192 columns are read twice, too, with the same bits: 250 us at 65536x4096 (once: 260), 18.3
-    # at 2048x8192 (19.0). Few rows are not: 2.3 at 8x8192 (2.1), with a residual 18.2 at 2048x4096 (17.0)
-    again = 3072 < N <= 8192 and M >= (512 if residual is None else 4096)
+    # Rows of 3073 to 8192 columns are read twice, too, with the same bits, where they are more than L2 holds: 126 us at
+    # 32768x4096 (once: 130), 249 at 32768x8192 (262). Fewer are not: 9.4 at 2048x4096 (twice: 9.9), 11.7 at 2048x5120
+    # (13.1), with a residual 16.9 at 2048x4096 (17.8)
+    again = 3072 < N <= 8192 and M * N >= 2**25
     scalars = _stride(x), _stride(residual), M, eps, offset, N, casting == "llama", again, BLOCK_M, BLOCK_N, unroll
     _enqueue(_rmsnorm_fwd_kernel, -(-M // BLOCK_M), (x, residual, weight, y, h, rstd), scalars, num_warps=num_warps)
     return y, h, rstd
 
 
-def _backward_tile(N, small):
-    """BLOCK_M, BLOCK_N, pieces, warps. Rows of up to 8192 are held whole. Longer ones go in blocks of columns, after a
-    kernel for their means; small ones in pieces, read twice: 270 us at 4096x32768 (H200), in blocks 322."""
-    if 8192 < N <= 32768 and small and not _OLD_TRITON:  # Triton 3.4 spills 700 bytes
+def _backward_tile(N, small, residual):
+    """BLOCK_M, BLOCK_N, pieces, warps. Rows of up to 8192 are held whole, 16-bit ones of up to 16384. Longer ones go in
+    blocks of columns, after a kernel for their means; small ones in pieces, read twice: 270 us at 4096x32768 (H200), in
+    blocks 322."""
+    if 8192 < N <= 16384 and small:  # 189 us at 8192x12288, with a residual 241; in pieces 270, in blocks 320
+        return 1, 16384, 1, 16
+    if 16384 < N <= 32768 and small and not residual and not _OLD_TRITON:  # Triton 3.4 spills 700 bytes
         return 1, 8192, _block(N) // 8192, 16
     BLOCK_N = min(_block(N), 8192 if N <= 8192 else 4096)
     return 8192 // BLOCK_N, BLOCK_N, 1, 8
@@ -356,14 +364,15 @@ class _RMSNorm(torch.autograd.Function):
         if h.is_cuda:
             properties = torch.cuda.get_device_properties(h.device)
             processors, room = properties.multi_processor_count, properties.shared_memory_per_block_optin or 65536
-        small = dh is None and h.element_size() + dy.element_size() == 4
-        BLOCK_M, BLOCK_N, pieces, num_warps = _backward_tile(N, small)
+        small = h.element_size() + dy.element_size() == 4
+        BLOCK_M, BLOCK_N, pieces, num_warps = _backward_tile(N, small, dh is not None)
         blocks = -(-N // (BLOCK_N * pieces))
         programs = min(-(-M // BLOCK_M), max(processors // blocks, 1))
-        # Load two tiles ahead, three where N is no full block, if shared memory has room: 71 us at 16384x2560, else 82
+        # Load two tiles ahead, three where N is no full block, if shared memory has room: 71 us at 16384x2560, else 82;
+        # but no rows whole of more than 8192, which leave no registers for it: 189 us at 8192x12288, else 253
         loaded = h, dy, dh, weight if N > 8192 else None
         stage = 8192 * sum(t.element_size() for t in loaded if t is not None)
-        stages = min(3 + (N < BLOCK_N), max((room - 16384) // stage, 0) + 1)
+        stages = 1 if BLOCK_N > 8192 else min(3 + (N < BLOCK_N), max((room - 16384) // stage, 0) + 1)
         mean = None
         if blocks > 1 and (need_x or need_residual):
             mean = torch.empty_like(rstd)

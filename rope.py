@@ -229,24 +229,24 @@ if triton is not None:
         R: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, NEGATE: tl.constexpr, OUT: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
     ):  # fmt: skip
-        """BLOCK_T tokens of one block of BLOCK_H heads; the blocks of k follow those of q."""
+        """BLOCK_T tokens of one block of BLOCK_H heads; those of k follow those of q."""
         HALF: tl.constexpr = 1 << BITS
-        blocks_q = tl.cdiv(Hq, BLOCK_H)
-        blocks = blocks_q + tl.cdiv(Hk, BLOCK_H)
+        blocks = tl.cdiv(Hq + Hk, BLOCK_H)
         block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
         if OUT == "bhsd":  # programs in memory's order: 85.5 us instead of 87.6 at 16384 tokens of 40 heads
             tiles = tl.cdiv(tokens, BLOCK_T)
             block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+        h = (block * BLOCK_H + tl.arange(0, BLOCK_H))[:, None, None]
+        token = (tile * BLOCK_T + tl.arange(0, BLOCK_T))[None, :, None]
+        mask = (token < tokens) & (h < Hq + Hk)
         x_ptr, y_ptr, stride_b, stride_s, stride_h, H = q_ptr, q_out_ptr, stride_qb, stride_qs, stride_qh, Hq
         if k_ptr is not None:
-            of_k = block >= blocks_q
-            block = tl.where(of_k, block - blocks_q, block)
+            of_k = h >= Hq
+            h = tl.where(of_k, h - Hq, h)
             x_ptr, y_ptr = tl.where(of_k, k_ptr, q_ptr), tl.where(of_k, k_out_ptr, q_out_ptr)
             stride_b, stride_s = tl.where(of_k, stride_kb, stride_qb), tl.where(of_k, stride_ks, stride_qs)
             stride_h, H = tl.where(of_k, stride_kh, stride_qh), tl.where(of_k, Hk, Hq)
-        h = (block * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None, None]
-        token = (tile * BLOCK_T + tl.arange(0, BLOCK_T))[None, :, None]
-        b, s = (token // S).to(tl.int64), (token % S).to(tl.int64)
+        b, s, h = (token // S).to(tl.int64), (token % S).to(tl.int64), h.to(tl.int64)
         x_ptr += b * stride_b + s * stride_s + h * stride_h
         if OUT == "inplace":
             y_ptr = x_ptr
@@ -254,7 +254,6 @@ if triton is not None:
             y_ptr += ((b * H + h) * S + s) * D
         else:
             y_ptr += ((b * S + s) * H + h) * D
-        mask = (token < tokens) & (h < H)
         pairs, cols = tl.arange(0, HALF)[None, None, :], tl.arange(0, 2 * HALF)[None, None, :]
         mask_pairs, mask_cols = mask & (pairs < R // 2), mask & (cols < R)
         if INTERLEAVED:  # a row is read as it lies and taken apart in registers: loads stay 16 bytes wide
@@ -390,7 +389,7 @@ def _launch(q, k, cos, sin, position_ids, R, interleaved, theta=None, negate=Fal
     bits = (R // 2 - 1).bit_length()
     REST = 1 << (D - R - 1).bit_length() if R < D and not inplace else 0
     BLOCK_T, BLOCK_H = _tile(D, cos is None)
-    programs = -(-(B * S) // BLOCK_T) * (-(-Hq // BLOCK_H) + -(-Hk // BLOCK_H))  # ceil
+    programs = -(-(B * S) // BLOCK_T) * -(-(Hq + Hk) // BLOCK_H)  # ceil
     scalars = (
         stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_cb, stride_pb, B * S, S, rows, Hq,
         Hk, stride_cs, ratio, bits, D, R, REST, interleaved, negate, OUT, BLOCK_T, BLOCK_H

@@ -830,9 +830,11 @@ def _norm_fwd_aot(N, BLOCK_N, warps, BLOCK_M=1, again=False, **none):
 
 
 def _norm_bwd_aot(N, small=False, **none):
-    BLOCK_M, BLOCK_N, pieces, warps = rmsnorm._backward_tile(N, small)
+    BLOCK_M, BLOCK_N, pieces, warps = rmsnorm._backward_tile(N, small, "dh_ptr" not in none)
     constants = {"LLAMA": False, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "PIECES": pieces, **none}
     kernel = "rmsnorm", "_rmsnorm_bwd_kernel", _NORM_BWD
+    if BLOCK_N > 8192:  # with a residual 112 bytes spill on sm_100 (Triton 3.9), which is still one pass instead of two
+        return [(*kernel, {**constants, "STAGES": 1}, warps, (75, 80, 90, "gfx942") + (100,) * ("dh_ptr" in none), {})]
     # two tiles ahead do not fit in the 64 KiB of sm_75 and gfx942: there the launch rule asks for less
     return [(*kernel, {**constants, "STAGES": 3}, warps, (80, 89, 90, 100), {}), (*kernel, {**constants, "STAGES": 2}, warps, (75, "gfx942"), {})]
 
@@ -841,10 +843,10 @@ AOT.append(("rmsnorm", "_rmsnorm_fwd_kernel", {**_NORM_FWD, "res_ptr": "*fp16", 
 _PLAIN, _ONE = {"res_ptr": None, "h_ptr": None, "rstd_ptr": None}, {"mean_ptr": None, "dres_ptr": None}
 AOT += [
     _norm_fwd_aot(128, 128, 4, BLOCK_M=16, **_PLAIN), _norm_fwd_aot(2560, 4096, 4), _norm_fwd_aot(4096, 4096, 8, **_PLAIN),
-    _norm_fwd_aot(5120, 8192, 8), _norm_fwd_aot(8192, 8192, 16, again=True, **_PLAIN), _norm_fwd_aot(18944, 8192, 16), _norm_fwd_aot(32768, 16384, 16, **_PLAIN),
+    _norm_fwd_aot(1536, 2048, 2), _norm_fwd_aot(5120, 8192, 8), _norm_fwd_aot(7168, 8192, 8, **_PLAIN), _norm_fwd_aot(8192, 8192, 16, again=True, **_PLAIN), _norm_fwd_aot(18944, 8192, 16), _norm_fwd_aot(32768, 16384, 16, **_PLAIN),
     _norm_fwd_aot(131072, 16384, 16), _norm_fwd_aot(131072, 32768, 16, **_PLAIN), _norm_fwd_aot(100000, 32768, 32, **_PLAIN), _norm_fwd_aot(131072, 32768, 32, **_PLAIN),
     *_norm_bwd_aot(128, dh_ptr=None, **_ONE), *_norm_bwd_aot(4096, dh_ptr=None, **_ONE), *_norm_bwd_aot(8192, **_ONE),
-    *_norm_bwd_aot(18944, True, dh_ptr=None, **_ONE), *_norm_bwd_aot(32768, True, dh_ptr=None, **_ONE), *_norm_bwd_aot(131072, dres_ptr=None),
+    *_norm_bwd_aot(16384, True, dh_ptr=None, **_ONE), *_norm_bwd_aot(12288, True, **_ONE), *_norm_bwd_aot(18944, True, dh_ptr=None, **_ONE), *_norm_bwd_aot(32768, True, dh_ptr=None, **_ONE), *_norm_bwd_aot(131072, dres_ptr=None),
     ("rmsnorm", "_rmsnorm_mean_kernel", _NORM_MEAN, {"BLOCK_N": 8192, "STAGES": 3}, 16, (80, 90), {}),
     ("rmsnorm", "_rmsnorm_mean_kernel", _NORM_MEAN, {"BLOCK_N": 8192, "STAGES": 2}, 16, (75, "gfx942"), {}),
     ("rmsnorm", "_sum_kernel", _NORM_SUM, {"BLOCK_M": 64, "BLOCK_N": 32}, 8, None, {}),
@@ -3737,7 +3739,11 @@ def _int8_aot(kernel, constexprs, warps, targets=None, stages=None, **types):
 
 for _type in ("*bf16", "*fp32", "*i8"):
     for _even, _block_n, _block_k, _warps in [(True, 8, 1024, 4), (False, 8, 512, 2), (False, 2, 2048, 4)]:
-        _int8_aot("_one_row_kernel", dict(EVEN_K=_even, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (75, 80, 90, 100, "gfx942"), x_ptr=_type)
+        _int8_aot("_one_row_kernel", dict(ROW=0, EVEN_K=_even, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (75, 80, 90, 100, "gfx942"), x_ptr=_type)
+for _type, _row, _even, _block_n, _block_k, _warps in [
+    ("*bf16", 8192, True, 16, 512, 2), ("*fp16", 4096, False, 8, 512, 2), ("*bf16", 16384, False, 8, 2048, 4), ("*fp32", 16384, True, 8, 1024, 4),
+]:  # fmt: skip
+    _int8_aot("_one_row_kernel", dict(ROW=_row, EVEN_K=_even, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (80, 90, 100, "gfx942"), x_ptr=_type)
 _int8_tile = dict(more_x_ptr=None, IEEE=False, PERMUTED=0, EVEN_K=True, FEW=False, SPLIT=1, MORE_M=0)
 for _type, _blocks, _warps, _stages, _targets in [
     ("*bf16", (16, 32, 128), 2, 6, None), ("*bf16", (16, 64, 256), 2, 3, (90, 100)), ("*fp16", (64, 64, 128), 4, 3, (80, 89, "gfx942")),
@@ -4765,18 +4771,25 @@ for _blocks, _promote, _m, _n, _k, _warps, _stages in [
     for _type, _targets in (("fp8e4nv", [90, 100]), ("fp8e4nv", [89, 120]), ("u8", [80, 86, "gfx942"])):
         AOT.append(("fp8_gemm", "_gemm_kernel",
                     {"a_ptr": "*" + _type, "w_ptr": "*" + _type, "y_ptr": "*bf16", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                    {"BLOCKS": _blocks, "PROMOTE": _promote, "IEEE": False, "EVEN_K": True, "BLOCK_M": _m,
+                    {"BLOCKS": _blocks, "PROMOTE": _promote, "IEEE": False, "EVEN_K": True, "SPLIT": 1, "BLOCK_M": _m,
                      "BLOCK_N": _n, "BLOCK_K": min(_k, 128) if _type == "u8" else _k, "STAGES": _stages if 90 in _targets else min(_stages, 3)},
                     _warps, _targets, {"num_stages": _stages if 90 in _targets else min(_stages, 3)}))  # fmt: skip
 for _blocks, _m, _stages in [(True, 64, 6), (False, 128, 4), (True, 128, 4), (True, 128, 6)]:  # Hopper, few tiles
     AOT.append(("fp8_gemm", "_gemm_kernel",
                 {"a_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                {"BLOCKS": _blocks, "PROMOTE": True, "IEEE": False, "EVEN_K": True, "BLOCK_M": _m, "BLOCK_N": 64,
+                {"BLOCKS": _blocks, "PROMOTE": True, "IEEE": False, "EVEN_K": True, "SPLIT": 1, "BLOCK_M": _m, "BLOCK_N": 64,
                  "BLOCK_K": 128, "STAGES": _stages}, 4, [90], {"num_stages": _stages}))  # fmt: skip
+for _blocks, _promote, _m, _stages, _split in [(False, False, 16, 6, 4), (True, True, 32, 6, 2), (True, True, 64, 6, 3), (False, False, 128, 4, 3), (True, True, 128, 4, 6)]:
+    AOT.append(("fp8_gemm", "_gemm_kernel",
+                {"a_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*fp32", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
+                {"bias_ptr": None, "BLOCKS": _blocks, "PROMOTE": _promote, "IEEE": False, "EVEN_K": True, "SPLIT": _split, "BLOCK_M": _m,
+                 "BLOCK_N": 64, "BLOCK_K": 128, "STAGES": _stages}, 4, [90], {"num_stages": _stages}))  # fmt: skip
+AOT.append(("fp8_gemm", "_add_parts_kernel", {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32", "N": "i32"},
+            {"SPLIT": 6, "BLOCK_N": 1024}, 4, [90], {}))  # fmt: skip
 for _m in (16, 32):
     AOT.append(("fp8_gemm", "_gemm_kernel",
                 {"a_ptr": "*u8", "w_ptr": "*u8", "y_ptr": "*fp16", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                {"BLOCKS": False, "PROMOTE": False, "IEEE": True, "EVEN_K": True, "BLOCK_M": _m, "BLOCK_N": 64,
+                {"BLOCKS": False, "PROMOTE": False, "IEEE": True, "EVEN_K": True, "SPLIT": 1, "BLOCK_M": _m, "BLOCK_N": 64,
                  "BLOCK_K": 32, "STAGES": 2}, 4, [75], {"num_stages": 2}))  # fmt: skip
 for _blocks, _promote, _m, _n, _warps, _stages in [
     (False, False, 128, 256, 8, 4), (False, False, 128, 128, 4, 6), (False, False, 64, 128, 4, 7), (False, True, 128, 128, 4, 3),
