@@ -121,7 +121,7 @@ def kernel_us(calls, o):
     round_us = sum(loop_us(fn, o, 3) for fn in calls.values())  # warms up, too
     if not o.gpu:
         return {name: sorted(loop_us(fn, o, 1) for _ in range(5))[2] for name, fn in calls.items()}
-    order = list(calls) * max(5, min(20, int(3e5 / round_us)))
+    order = list(calls) * max(5, min(20, int(3e5 / max(round_us, 1))))
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
         for name in order:
@@ -279,9 +279,9 @@ def batch(t):
     return (t, 1) if t < 128 else (max(t // 4096, 1), min(t, 4096))
 
 
-def tables(o, s, d, interleaved=False):
+def tables(o, s, d, interleaved=False, base=500000.0):
     """float32 tables [S, D/2] for our ops, and [S, D] in the model's dtype for the eager code."""
-    cos, sin = rope.build_rope_cache(s, d, 500000.0, device=o.device)
+    cos, sin = rope.build_rope_cache(s, d, base, device=o.device)
     full = (t.repeat_interleave(2, -1) if interleaved else t.repeat(1, 2) for t in (cos, sin))
     return cos, sin, *(t.to(o.dtype) for t in full)
 
@@ -349,9 +349,12 @@ def rope_case(o, t, hq, hk, d, kind):
 def angles_case(o, t, hq, hk, d):
     b, s = batch(t)
     q, k = randn(o, b, s, hq, d), randn(o, b, s, hk, d)
+    *_, cos, sin = tables(o, s, d, True, 10000.0)
     return Case(f"B{b} S{s} H{hq}/{hk} D{d}", f"{hq} and {hk} heads of {d}", t, [q, k], 2 * (q.nbytes + k.nbytes),
                 rope.rope_pytorch, {
-        "eager": eager_angles, "torch.compile": eager_angles, "ours": rope.rope_triton,
+        "eager": eager_angles, "torch.compile": eager_angles,
+        "torch.compile, tables": lambda q, k: [eager_rope(t, cos, sin, True) for t in (q, k)],  # made before
+        "ours": rope.rope_triton,
     })  # fmt: skip
 
 
@@ -899,7 +902,7 @@ def model_rows(o, c, weights, kind, b, s):
 
 def model_steps(o):
     """Prints a table for each step. {step: {variant: figures}}"""
-    print(CAPTION)
+    print(CAPTION if o.gpu else "A toy model, random weights; columns as on a GPU.\n")
     c, steps = LLAMA if o.gpu else TINY, {}
     weights = model_weights(o, c)
     for kind, b, s, layers in STEPS if o.gpu else TINY_STEPS:
@@ -1024,7 +1027,7 @@ def plot_model(steps, folder, o):
         axis.barh(names, [rows[name]["tokens/s"] for name in names], color=colors)
         axis.set(title=title, xlabel="tokens/s")
         axis.locator_params("x", nbins=4)
-    save(figure, folder, "model", f"Llama 3 8B's shapes, {o.name}, {o.type}")
+    save(figure, folder, "model", f"A whole model, {o.name}, {o.type}")
 
 
 def installed(package):
@@ -1064,8 +1067,14 @@ def main():
         note(f"no backward pass to time: {', '.join(dropped)}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    if args.json:
-        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if args.json:
+            pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            open(args.json, "a").close()
+        if args.plot:
+            pathlib.Path(args.plot).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
     o = options(args)
     if not o.gpu:
         torch.set_num_threads(1)  # on shapes this small threads gain little, and crawl where the other cores are busy
@@ -1113,7 +1122,7 @@ def main():
             if not rows:
                 continue
             print_table(f"{op} {o.way}", rows, o)
-            if op == "int8_gemm" and not o.backward:
+            if op == "int8_gemm" and o.gpu and not o.backward:
                 print(*crossovers(rows), sep="\n", end="\n\n")
         if args.json:  # after every op: a run cut short keeps what it has
             pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

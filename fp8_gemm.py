@@ -30,7 +30,7 @@ try:
 except ImportError:  # no Triton on this platform: the twins serve every call
     triton = None
 
-try:  # Triton's lower level, an experiment still: with the releases that its kernel was compiled with
+try:  # Triton's lower level, still experimental: only with the releases it was compiled with
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
@@ -56,7 +56,7 @@ def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
         if scale.shape[d] == shape[d]:
             continue
         if torch.compiler.is_compiling():
-            # By an index: Inductor's CPU code errs on a column // 128, and broadcasts no size of 1 that was a symbol
+            # By index: Inductor's CPU code gets column // 128 wrong, and can't broadcast a symbolic size of 1
             at = (torch.arange(shape[d], device=scale.device) >> 7).clamp(max=scale.shape[d] - 1)
             scale = scale.index_select(d, at)
         elif scale.shape[d] != 1:
@@ -102,7 +102,7 @@ def fp8_gemm_torch(
         a, a_scale = quantize_fp8_torch(a, "block" if blocks else "row")
     if b_scale is None:
         b, b_scale = (t.t() for t in quantize_fp8_torch(b.t(), "block2d" if blocks else "row"))
-    wide = torch.float64 if output_dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(output_dtype, torch.float32)
     if blocks:
         y = dequantize_fp8(a, a_scale, wide) @ dequantize_fp8(b, b_scale, wide)
     else:
@@ -311,7 +311,7 @@ if triton is not None:
     def _add_scaled(acc, x, scale):
         if _ASM:  # asm stays in its place: after the start of the next product registers would run out
             args = [x, tl.broadcast_to(scale[:, None], x.shape), acc]
-            # pure: of asm that is not, torch.compile thinks that it writes every tensor; the machine code is the same
+            # pure: else torch.compile assumes that it writes every tensor; the machine code is the same
             return tl.inline_asm_elementwise(
                 "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", args, dtype=tl.float32, is_pure=True, pack=1
             )
@@ -493,14 +493,14 @@ if gluon is not None:
             ], [4, 4, 1], [160, 160, 32])  # fmt: skip
 
 
-_compiled = {}  # what Triton has compiled, by all that it may depend on
+_compiled = {}  # compiled kernels, by all that they may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
-    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on looking the compiled kernel up. Here it is kept under everything that Triton may
+    specialise on, and launched as torch.compile's own code does. A scalar that is no constexpr must keep its type.
     """
     if (
         torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
@@ -525,8 +525,8 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
-    under torch.compile none whose size the data decides."""
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, not float64 and,
+    under torch.compile, without data-dependent sizes."""
     compiling = torch.compiler.is_compiling()
     if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
@@ -633,7 +633,7 @@ def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     sizes = enumerate(zip(scale.shape[::-1], x_fp8.shape[::-1]))
     if scale.ndim > x_fp8.ndim or any(s != n and s != 1 and (s != -(-n // 128) or i > 1) for i, (s, n) in sizes):
         raise ValueError(f"scale must fit {tuple(x_fp8.shape)} or its blocks of 128, got {tuple(scale.shape)}")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(dtype, torch.float32)
     return (x_fp8.to(wide) * _spread(scale, x_fp8.shape).to(wide)).to(dtype)
 
 
@@ -664,8 +664,8 @@ def _tiles(M: int, N: int, block_m: int, block_n: int) -> int:
 
 
 def _rule_rows(M: int) -> int:
-    """The M that the launch rules go by. In place of a symbol one of few numbers: torch.compile compiles anew for each
-    that they tell apart, and gives up after eight."""
+    """The M that the launch rules go by: for a symbol one of a few numbers, as torch.compile recompiles for each that
+    they tell apart, and gives up after eight."""
     if not torch.compiler.is_compiling() or torch.fx.experimental.symbolic_shapes.has_static_value(M):
         return M
     for rows in (16, 64, 128, 256, 768):
@@ -765,7 +765,7 @@ def _parts(tiles: int, K: int, sms: int) -> int:
     # us, block scales, M = 16, 64, 128, 256: 22.9, 26.8, 30.2, 40.7 at 14336 x 4096, 9.0, 10.6, 12.7, 16.4 at 7168 x
     # 2048; whole 29.0, 41.2, 42.1, 49.4 and 14.1, 21.8, 21.9, 22.3 (_scaled_mm 26, 42, 42, 43 and 15, 22, 22, 22)
     for parts in (6, 4, 3, 2):
-        if parts * tiles <= 2 * sms and K >= parts * (1400 if parts > 2 else 36 * tiles):
+        if parts * tiles <= 2 * sms and K >= parts * max(1400, 36 * tiles if parts == 2 else 0):
             return parts
     return 1
 
@@ -933,7 +933,7 @@ def _linear(x, b, b_scale, bias, granularity) -> Tensor:
     return _product(a, b, a_scale, b_scale, x.dtype, bias, True, granularity == "block")
 
 
-# Storage of a kept weight -> how many optimizer steps may have written it. Fused ones count up no tensor's version, nor
+# Storage of a kept weight -> how many optimizer steps may have written it. Fused ones bump no tensor's version, nor
 # does the broadcast that ends ZeroRedundancyOptimizer's.
 _steps = None
 
@@ -958,7 +958,7 @@ def _count_step(optimizer, args, kwargs):
 
 
 class _Cache(tuple):
-    """Copied or pickled with its module it is None."""
+    """Turns None when copied or pickled."""
 
     def __reduce__(self):
         return type(None), ()
@@ -970,9 +970,9 @@ class FP8Linear(nn.Module):
 
     granularity: "tensor" and "row": one scale for all, or for each row of x and of the weight; "block": 1 x 128 for x,
     128 x 128 for the weight. A training weight is quantised in every forward. Elsewhere its fp8 copy is kept until the
-    weight changes; but compiled or captured in a CUDA graph, the weight is quantised in every call, as it is then, and
-    so it is while another tensor shares its storage (`weight.data = buffer`, a state_dict that is held), whose writes
-    may go unrecorded. For inference from_linear drops the master weight, and nothing is quantised but x.
+    weight changes. It is quantised in every call when compiled or captured in a CUDA graph, and while another tensor,
+    whose writes may go unrecorded, shares its storage (`weight.data = buffer`, a state_dict that is held). For
+    inference from_linear drops the master weight, and only x is quantised.
     """
 
     _cache = None  # (what tells the weight's state, its storage held weakly, (fp8, scale), stream, event)
@@ -1019,7 +1019,7 @@ class FP8Linear(nn.Module):
         return q.t(), scale.t()
 
     def requantize(self) -> None:
-        """To be called after writes that PyTorch does not record: by a method of `weight.data` (`weight.data.mul_()`,
+        """Call it after writes that PyTorch does not record: by a method of `weight.data` (`weight.data.mul_()`,
         `weight.data += d`), and by some collectives (torch.distributed.broadcast, all_reduce)."""
         self._cache = None
 

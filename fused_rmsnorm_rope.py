@@ -38,7 +38,7 @@ def fused_rmsnorm_rope_torch(
 ) -> Tensor:  # fmt: skip
     """Twin of fused_rmsnorm_rope."""
     D = _head_dim(x, weight, cos, num_heads)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(x.dtype, torch.float32)
     n = x.to(wide) if weight.shape[0] == x.shape[-1] else x.to(wide).unflatten(-1, (x.shape[-1] // D, D))
     n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps) * (offset + weight.to(wide))
     n = n.reshape(*x.shape[:-1], x.shape[-1] // D, D)
@@ -69,7 +69,7 @@ def fused_qk_norm_rope_torch(
 
 
 def _index(n, name, optional=False):
-    """n, an int where it is NumPy's."""
+    """n; NumPy's integers as int."""
     if isinstance(n, (int, torch.SymInt)) or (optional and n is None):
         return n
     if not hasattr(n, "__index__"):
@@ -123,8 +123,8 @@ if triton is not None:
         x_at = (token // S).to(tl.int64) * stride_xb + (token % S).to(tl.int64) * stride_xs
         return token, token < tokens, x_at
 
-    # No part of _tokens: where a store's address comes out of a function, torch.compile takes every tensor that went in
-    # for written, and copies it
+    # Not part of _tokens: if a function returns a store's address, torch.compile assumes that all its tensors are
+    # written, and copies them
     @triton.jit
     def _load_tables(
         token, mask, cos_ptr, sin_ptr, position_ptr, stride_cb, stride_cs, stride_pb, S, rows,
@@ -159,10 +159,10 @@ if triton is not None:
 
     @triton.jit
     def _turn(n0, n1, cos, sin):
-        # By fma: which product the compiler fuses may change with the strides, and then a row's bits would
+        # By fma: which product the compiler fuses may depend on the strides, and so would a row's bits
         return tl.fma(n0, cos, -(n1 * sin)), tl.fma(n1, cos, n0 * sin)
 
-    # k and its weight are None for one tensor alone. Token counts are not specialised: a new one never compiles anew
+    # k and its weight are None for one tensor alone. Token counts are not specialised: a new one never recompiles
     @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb"])
     def _norm_rope_fwd_kernel(
         x_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, position_ptr,
@@ -285,14 +285,14 @@ if triton is not None:
         tl.store(out_ptr + cols, tl.sum(sums, axis=0, keep_dims=True), cols < N)
 
 
-_compiled = {}  # what Triton has compiled, by all that it may depend on
+_compiled = {}  # compiled kernels, by all that they may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
-    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on looking the compiled kernel up. Here it is kept under everything that Triton may
+    specialise on, and launched as torch.compile's own code does. A scalar that is no constexpr must keep its type.
     """
     if (
         torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
@@ -314,8 +314,8 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
-    under torch.compile none whose size the data decides."""
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, not float64 and,
+    under torch.compile, without data-dependent sizes."""
     compiling = torch.compiler.is_compiling()
     if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
@@ -478,7 +478,7 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
     elif (ids := position_ids.shape)[-1:] != (S,) or len(ids) > 2 or (len(ids) == 2 and ids[0] != 1 and ids[0] != B):
         raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(position_ids.shape)}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        # To what autocast makes of F.rms_norm's input: float32 in newer releases on CUDA
+        # To the dtype that autocast gives F.rms_norm: float32 in newer releases on CUDA
         x = x.to(F.rms_norm(x.new_empty(()).expand(0, 1), (1,)).dtype)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if learned or not _kernel_serves(x, q_weight, k_weight, cos, sin, position_ids) or not x.numel():
@@ -490,9 +490,8 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
     if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current device, not on x's
             return _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, offset, interleaved)
-    if k_weight is not None:
-        if k_weight.dtype != q_weight.dtype:  # the kernel takes its choice of two pointers of one type
-            q_weight, k_weight = q_weight.float(), k_weight.float()
+    if k_weight is not None and k_weight.dtype != q_weight.dtype:  # the kernel chooses between two pointers of one type
+        q_weight, k_weight = q_weight.float(), k_weight.float()
     args = *_laid_out(x, q_weight, k_weight, cos, sin, position_ids), Hq, Hk, D, float(eps), float(offset), interleaved
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
         return _NormRoPE.apply(*args)
@@ -619,8 +618,7 @@ class FusedQKNormRoPE(nn.Module):
         self.head_dim = head_dim = _index(head_dim, "head_dim")
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be a positive even number, got {head_dim}")
-        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        heads = {name: _index(n, name) for name, n in heads.items()}
+        heads = {"num_heads": _index(num_heads, "num_heads"), "num_kv_heads": _index(num_kv_heads, "num_kv_heads")}
         for name, n in heads.items():
             if n < 1:
                 raise ValueError(f"{name} must be positive, got {n}")

@@ -26,7 +26,7 @@ try:
 except ImportError:  # no Triton on this platform: the twins serve every call
     triton = None
 
-try:  # Triton's lower level, an experiment still: with the releases that its kernel was compiled with
+try:  # Triton's lower level, still experimental: only with the releases it was compiled with
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
@@ -47,11 +47,11 @@ _OLD_TRITON = triton is not None and tuple(int(n) for n in triton.__version__.sp
 def quantize_symmetric_torch(tensor: Tensor, bits: int = 8, dim: int | None = None) -> tuple[Tensor, Tensor]:
     """Twin of quantize_symmetric."""
     qmax = 2 ** (bits - 1) - 1
-    x = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    reduce = torch.amax if (x.numel() if dim is None else x.shape[dim]) else torch.sum  # nothing has a sum alone: 0
+    x = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    reduce = torch.amax if (x.numel() if dim is None else x.shape[dim]) else torch.sum  # amax of nothing raises
     amax = reduce(x.abs()) if dim is None else reduce(x.abs(), dim, keepdim=True)
     scale = amax / torch.full_like(amax, qmax)  # CUDA multiplies by a Python number's reciprocal: not correctly rounded
-    if x.dtype == torch.float64:  # finite values have a finite scale, be they beyond float32
+    if x.dtype == torch.float64:  # finite values get a finite scale, even beyond float32
         scale = torch.where(amax.isinf(), amax, scale.clamp(max=torch.finfo(torch.float32).max)).float()
     scale = torch.where(scale == 0, 1.0, scale)
     return (x / scale).round().clamp(-qmax, qmax).to(torch.int8).contiguous(), scale
@@ -64,7 +64,7 @@ def int8_gemm_torch(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it would take the product to 16 bits
         with torch.autocast(x.device.type, enabled=False):
             return int8_gemm_torch(x, weight_int8, scale, bias, quantize_activations=quantize_activations)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(x.dtype, torch.float32)
     # in W8A8 its values are 0 (NaN for NaN and inf: so is their row), and its gradient passes straight through round
     straight = x - x.detach() if quantize_activations else x
     y = (straight.to(wide) @ weight_int8.to(wide).T) * scale.to(wide)
@@ -501,14 +501,14 @@ if gluon is not None:
             ], [4, 4, 1], [160, 160, 32])  # fmt: skip
 
 
-_compiled = {}  # what Triton has compiled, by all that it may depend on
+_compiled = {}  # compiled kernels, by all that they may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
-    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on looking the compiled kernel up. Here it is kept under everything that Triton may
+    specialise on, and launched as torch.compile's own code does. A scalar that is no constexpr must keep its type.
     """
     if (
         torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
@@ -533,8 +533,8 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
-    under torch.compile none whose size the data decides."""
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, not float64 and,
+    under torch.compile, without data-dependent sizes."""
     compiling = torch.compiler.is_compiling()
     if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
@@ -646,7 +646,7 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
         raise ValueError(f"scale must broadcast to {tuple(quantized.shape)}, got {given}")
     rows = quantized.ndim == 2 and scale.shape == (quantized.shape[0], 1) and not learned
     if not rows or dtype == torch.float64 or not _kernel_serves(quantized, scale) or not quantized.numel():
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         return (quantized.to(wide) * scale.to(wide)).to(dtype)
     if quantized.is_cuda and not torch.compiler.is_compiling() and scale.get_device() != torch.cuda.current_device():
         with torch.cuda.device(quantized.device):  # Triton launches on the current device, not on quantized's
@@ -681,8 +681,8 @@ def _gpu(x: Tensor) -> tuple[tuple[int, int], int]:
 
 
 def _rule_rows(M: int) -> int:
-    """The M that the launch rules go by. In place of a symbol one of few numbers: torch.compile compiles anew for each
-    that they tell apart, and gives up after eight."""
+    """The M that the launch rules go by: for a symbol one of a few numbers, as torch.compile recompiles for each that
+    they tell apart, and gives up after eight."""
     if not torch.compiler.is_compiling() or torch.fx.experimental.symbolic_shapes.has_static_value(M):
         return M
     for rows in (16, 64, 128, 256, 768):
@@ -704,8 +704,8 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         # takes 17.0, 16.6, 6.6). As many programs as the SMs hold at once, where they can: (16384, 6144), (8192, 8192),
         # (4096, 11008) 29.7, 20.8, 15.6, by 4 channels and 1024 columns 35.3, 22.2, 17.2
         row = _row_block(K) if w8a8 and K <= 16384 else 0
-        # W8A8 in one launch, which takes the host 21 us a call (H200), else 37: 19.7, 19.6, 8.5 (by two 20.2, 21.2, 9.5);
-        # (8192, 28672), (3584, 18944), (2560, 9728) 65.6, 21.5, 10.2 (66.3, 22.5, 11.2). (28672, 8192) 70, by two 67
+        # W8A8 in one launch, which takes the host 21 us a call (H200), else 37: 19.4, 19.4, 8.4 (by two 19.8, 20.9,
+        # 9.2); (8192, 28672), (3584, 18944), (2560, 9728) 64.9, 21.5, 10.5 (65.8, 22.2, 10.9). (28672, 8192) 70 (67)
         if row and K > 8192:
             block_n, block_k, warps = (8, 2048, 4) if N <= 40 * sms else (8, 1024, 4)
         elif row and N > 72 * sms:
@@ -1097,7 +1097,7 @@ def quantize_model(
         ):  # fmt: skip
             left.add(id(module))  # under its other names, too
     for key in [key for key in found if key not in left]:
-        module, places = found.pop(key)  # the last reference but the model's: each float weight goes before the next
+        module, places = found.pop(key)  # only the model still holds it: each float weight is freed before the next
         new = QuantizedLinear.from_linear(module, quantize_activations=quantize_activations)
         for name in places:  # a module used in two places stays one module
             parent, _, last = name.rpartition(".")

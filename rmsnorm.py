@@ -70,7 +70,7 @@ if triton is not None:
         if res_ptr is not None:
             res = tl.load(res_ptr + at, mask, 0.0, eviction_policy=POLICY)
             if x.dtype == tl.bfloat16 and res.dtype == tl.float16:
-                # By its bits: of a plain conversion LLVM makes a float16 addition, with x rounded to float16 before it
+                # By its bits: LLVM turns a plain conversion into a float16 addition, x rounded to float16 first
                 h = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
             h = (h + res.to(tl.float32)).to(res.dtype).to(tl.float32)
         if h_ptr is not None:
@@ -92,7 +92,7 @@ if triton is not None:
             xhat = xhat.to(y_ptr.dtype.element_ty).to(tl.float32)
         tl.store(y_ptr + at, xhat * w, mask, eviction_policy=POLICY)
 
-    # M is not specialised: a new number of rows never compiles anew. res, w, h and rstd may be None
+    # M is not specialised: a new number of rows never recompiles. res, w, h and rstd may be None
     @triton.jit(do_not_specialize=["M"])
     def _rmsnorm_fwd_kernel(
         x_ptr, res_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, stride_xm, stride_rm, M, eps, offset,
@@ -109,7 +109,7 @@ if triton is not None:
             h_ptr += rows * N
         # A long row is read twice: only its last block stays in registers, the others come from L1 the second time. In
         # fewer registers more rows run at once on a processor: 130 us at 4096x32768 (H200), 141 with whole rows held.
-        # A row that fills L1 has it to itself, weight and y pass it by: 149 us at 1024x131072, else 172
+        # A row that fills L1 gets it to itself: weight and y bypass it. 149 us at 1024x131072, else 172
         LAST: tl.constexpr = (N - 1) // BLOCK_N * BLOCK_N
         ONCE: tl.constexpr = "evict_first" if N >= 4 * BLOCK_N else ""
         CACHE: tl.constexpr = ".cg" if N >= 4 * BLOCK_N else ""
@@ -174,7 +174,7 @@ if triton is not None:
         if KEPT:
             w = _load_weight(w_ptr, cols, cols < N, offset, "")
         dw = tl.zeros((BLOCK_M * PIECES, BLOCK_N), tl.float32)
-        # Stages load the next rows meanwhile: 199 us at 16384x8192, without them 266
+        # Stages prefetch the next rows: 199 us at 16384x8192, without them 266
         for tile in tl.range(first, tl.cdiv(M, BLOCK_M), programs, num_stages=STAGES if PIECES == 1 else 1):
             rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
             rstd = tl.load(rstd_ptr + rows, rows < M, 0.0)
@@ -218,14 +218,14 @@ if triton is not None:
         tl.store(out_ptr + cols, tl.sum(sums, axis=0, keep_dims=True), cols < N)
 
 
-_compiled = {}  # what Triton has compiled, by all that it may depend on
+_compiled = {}  # compiled kernels, by all that they may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
-    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on looking the compiled kernel up. Here it is kept under everything that Triton may
+    specialise on, and launched as torch.compile's own code does. A scalar that is no constexpr must keep its type.
     """
     if (
         torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
@@ -247,8 +247,8 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
-    under torch.compile none whose size the data decides."""
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, not float64 and,
+    under torch.compile, without data-dependent sizes."""
     compiling = torch.compiler.is_compiling()
     if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
@@ -404,7 +404,7 @@ def _dispatch(x, residual, weight, eps, offset, casting, keep_h):
     if casting not in ("torch", "llama"):
         raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        # To what autocast makes of F.rms_norm's input: float32 in newer releases on CUDA
+        # To the dtype that autocast gives F.rms_norm: float32 in newer releases on CUDA
         x = x.to(F.rms_norm(x.new_empty(()).expand(0, 1), (1,)).dtype)
     if not _kernel_serves(x, residual, weight) or not x.numel():
         if residual is None:
@@ -489,7 +489,7 @@ class TritonRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         options = {"offset": self.offset, "casting": self.casting}
-        if x.shape[-1:] != self.normalized_shape:  # without a weight nothing else would tell
+        if x.shape[-1:] != self.normalized_shape:  # without a weight nothing else notices
             raise ValueError(f"x must have shape (..., {self.normalized_shape[0]}), got {tuple(x.shape)}")
         if residual is None:
             return rmsnorm(x, self.weight, self.eps, **options)

@@ -7,8 +7,8 @@ interleaved=True, (2 * i, 2 * i + 1) (RoFormer, GPT-J, Meta's Llama). With R < D
 
 Cost. Memory-bound: q and k are read once and written once, 2 * B * S * (Hq + Hk) * D * itemsize bytes, in one launch;
 all heads share the tables' rows. The backward pass is the forward with the sine negated.
-Layout. Any strides are read in place. Results are dense: (B, S, H, D), or where q's heads lie outside its tokens in the
-order of a contiguous (B, H, S, D), transposed.
+Layout. Any strides are read in place. Results are dense: (B, S, H, D), or, where q's heads lie outside its tokens, the
+transpose of a contiguous (B, H, S, D).
 Numerics. float32 inside, one rounding, at the end.
 Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864
 """
@@ -92,7 +92,7 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
 
 
 def _index(n, name, optional=False):
-    """n, an int where it is NumPy's."""
+    """n; NumPy's integers as int."""
     if isinstance(n, (int, torch.SymInt)) or (optional and n is None):
         return n
     if not hasattr(n, "__index__"):
@@ -144,7 +144,7 @@ def _turn(x, interleaved, turn):
 
 
 def _dense(y, q):
-    """y without gaps in memory, its heads outside where q's are."""
+    """y made dense, heads outermost where q's are."""
     return y.transpose(-3, -2).contiguous().transpose(-3, -2) if q.stride(-2) > q.stride(-3) else y.contiguous()
 
 
@@ -263,7 +263,7 @@ if triton is not None:
         if REST > 0:  # the part that is not rotated
             rest = R + tl.arange(0, REST)[None, None, :]
             passed = tl.load(x_ptr + rest, mask & (rest < D))
-        # cos and sin after the rows, whose loads are under way meanwhile
+        # cos and sin last: the rows are already being loaded
         if cos_ptr is None:
             cos, sin = _cos_sin(s, pairs, RATIO, BITS)
         else:
@@ -279,7 +279,7 @@ if triton is not None:
         if NEGATE:
             sin = -sin
         x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-        # By fma: which product the compiler fuses may change with the strides, and then a row's bits would
+        # By fma: which product the compiler fuses may depend on the strides, and so would a row's bits
         y0, y1 = tl.fma(x0, cos, -(x1 * sin)), tl.fma(x1, cos, x0 * sin)
         if INTERLEAVED:
             tl.store(y_ptr + cols, tl.reshape(tl.join(y0, y1), (BLOCK_H, BLOCK_T, 2 * HALF)), mask_cols)
@@ -290,14 +290,14 @@ if triton is not None:
             tl.store(y_ptr + rest, passed, mask & (rest < D))
 
 
-_compiled = {}  # what Triton has compiled, by all that it may depend on
+_compiled = {}  # compiled kernels, by all that they may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
-    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on looking the compiled kernel up. Here it is kept under everything that Triton may
+    specialise on, and launched as torch.compile's own code does. A scalar that is no constexpr must keep its type.
     """
     if (
         torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
@@ -319,8 +319,8 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
-    under torch.compile none whose size the data decides."""
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, not float64 and,
+    under torch.compile, without data-dependent sizes."""
     compiling = torch.compiler.is_compiling()
     if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
@@ -351,7 +351,7 @@ def _tile(D, angles):
 def _dense_like(x, OUT):
     if x is None or OUT == "inplace":
         return x
-    if OUT == "bhsd":  # no transposed view: autograd lets nothing be written into one that a Function returns
+    if OUT == "bhsd":  # no transposed view: autograd forbids writing into one that a Function returns
         S, H, D = x.shape[-3:]
         return x.new_empty_strided(x.shape, (H * S * D, D, S * D, 1)[-x.dim() :])
     return torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of new_empty
@@ -423,7 +423,7 @@ class _RoPE(torch.autograd.Function):
         dq, dk = (d if needed else None for d, needed in zip((dq, dk), ctx.needs_input_grad))
         if dq is not None or dk is not None:
             dq, dk = _launch(dq, dk, cos, sin, position_ids, *ctx.options, negate=True)
-        return dq, dk, None, None, None, None, None, None
+        return dq, dk, *[None] * 6
 
 
 def _check_qk(q, k, dims):
@@ -574,7 +574,7 @@ class RotaryEmbedding(nn.Module):
     ):  # fmt: skip
         super().__init__()
         dim, max_seq_len = _index(dim, "dim"), _index(max_seq_len, "max_seq_len")
-        if scaling is None and (dim < 2 or dim % 2):  # of scaled ones a part may rotate: build_rope_cache checks
+        if scaling is None and (dim < 2 or dim % 2):  # scaled ones may be partial: build_rope_cache checks
             raise ValueError(f"dim must be an even number, 2 at least, got {dim}")
         if max_seq_len < 0:
             raise ValueError(f"max_seq_len must not be negative, got {max_seq_len}")
@@ -595,7 +595,7 @@ class RotaryEmbedding(nn.Module):
         rows = kept[0].shape[0]
         if length > rows:
             rows = 1
-            while rows < length:  # bit_length would make a constant of length, so that torch.compile compiles for each
+            while rows < length:  # bit_length would make length a constant, and torch.compile recompile for each
                 rows *= 2
         elif rows > self.max_seq_len >= length and self.dynamic:
             rows = self.max_seq_len
@@ -609,7 +609,7 @@ class RotaryEmbedding(nn.Module):
         return kept
 
     def _apply(self, fn, recurse=True):
-        """Tables move with the module: made in a call that is compiled with CUDA graphs, they would be the graph's."""
+        """Moves the tables now: made in a call compiled with CUDA graphs, they would belong to the graph."""
         super()._apply(fn, recurse)
         with contextlib.suppress(NotImplementedError):  # from meta, which only to_empty leaves: made at the first call
             device = fn(torch.empty(0, device=self._kept[0].device)).device

@@ -63,7 +63,7 @@ if triton is not None:
             y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
         else:  # x * sigmoid(z); gelu_tanh by (1 + tanh(u)) / 2 = sigmoid(2 * u)
             z = x if ACT == "silu" else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-            if EXACT:  # for float32: its error is PyTorch's or less, that of the other form 1.1 times it
+            if EXACT:  # for float32: no further off than PyTorch; the other form is, by 1.1 times
                 rest = tl.div_rn(tl.minimum(x, 3e38), 1 + tl.exp(tl.abs(z)))  # x * sigmoid(-abs(z)); 0 for inf
                 y = tl.where(z > 0, x - rest, rest)
             else:
@@ -149,7 +149,7 @@ if triton is not None:
 
     @triton.jit
     def _add_product(total, rest, a, b):
-        """total + a @ b in IEEE float32; what the addition loses, the rest, starts the next step's product (Kahan)."""
+        """total + a @ b in IEEE float32; the addition's error, rest, enters the next step's product (Kahan)."""
         # One chain of additions down the whole of K is up to nine times as far off as cuBLAS (K = 4099)
         step = tl.dot(a.to(tl.float32), b.to(tl.float32), rest, input_precision="ieee")
         new = total + step
@@ -207,7 +207,7 @@ if triton is not None:
             acc = tl.zeros((2 * BLOCK_I, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, 2 * BLOCK_I), tl.float32)
             for k in range(0, tl.cdiv(K, BLOCK_K)):
                 x = x_desc.load([m, k * BLOCK_K])
-                # gate's and up's rows lie one above the other: one product twice as wide, the tensor cores' favourite
+                # rows of gate stacked on rows of up: one product twice as wide, which the tensor cores do faster
                 w = w_desc.load([0, i, k * BLOCK_K]).reshape(2 * BLOCK_I, BLOCK_K)
                 acc = tl.dot(w, x.T, acc) if WEIGHT_LEFT else tl.dot(x, w.T, acc)
             if WEIGHT_LEFT:
@@ -222,14 +222,14 @@ if triton is not None:
                 up_desc.store([m, i], up.to(up_desc.dtype))
 
 
-_compiled = {}  # what Triton has compiled, by all that it may depend on
+_compiled = {}  # compiled kernels, by all that they may depend on
 
 
 def _enqueue(kernel, programs, tensors, scalars, **options):
     """kernel[(programs,)](*tensors, *scalars, **options), which costs the host 6 us instead of 12 (H200).
 
-    Triton spends the other half on finding the compiled kernel. Here it is kept under all that Triton may have compiled
-    it for, and launched as torch.compile's own code does it. A scalar that is no constexpr must always be of one type.
+    Triton spends the other half on looking the compiled kernel up. Here it is kept under everything that Triton may
+    specialise on, and launched as torch.compile's own code does. A scalar that is no constexpr must keep its type.
     """
     if (
         torch.compiler.is_compiling() or _INTERPRET or torch.version.cuda is None  # AMD: the key would need more
@@ -254,8 +254,8 @@ def _enqueue(kernel, programs, tensors, scalars, **options):
 
 
 def _kernel_serves(*tensors) -> bool:
-    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, none float64, and
-    under torch.compile none whose size the data decides."""
+    """True where the kernel can take these tensors: plain ones (no FakeTensor or DTensor) on a GPU, not float64 and,
+    under torch.compile, without data-dependent sizes."""
     compiling = torch.compiler.is_compiling()
     if triton is None or (compiling and not (torch.cuda.is_available() or torch.xpu.is_available())):
         return False
@@ -426,9 +426,9 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
     out = x.new_empty(M, I, dtype=dtype)
     made = [out, x.new_empty(M, I), x.new_empty(M, I)] if save else [out, None, None]
     if M > 1 and _descriptors_serve(x, gate_weight, up_weight, out):
-        # One descriptor spans both weights, one of its strides being the way between them: so their strides must agree
-        # and that way be below 2^40 bytes (addresses may lie further apart), which a traced call can't ask. Else a
-        # packed copy (115 us at 4096 x 14336) pays from some 1000 rows on; fewer take the kernel without descriptors
+        # One descriptor spans both weights, with their distance as a stride: so their strides must agree, and the
+        # distance be below 2^40 bytes (addresses may lie further apart), which a traced call can't check. Otherwise a
+        # packed copy (115 us at 4096 x 14336) pays off from 1000 rows; fewer take the kernel without descriptors
         near = up_weight is None or (
             not torch.compiler.is_compiling() and gate_weight.stride() == up_weight.stride()
             and abs(up_weight.data_ptr() - gate_weight.data_ptr()) < 2**40
@@ -587,7 +587,7 @@ def fused_gated_mlp(
 
 class SwiGLU(nn.Module):
     """The whole feed-forward block, down_proj(act(gate_proj(x)) * up_proj(x)), its parameters named as Hugging Face's.
-    The projections are called as the modules they are: hooks, quantised replacements and tensor parallelism fit."""
+    The projections are called as modules, so hooks, quantised replacements and tensor parallelism work."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, bias: bool = False, activation: str = "silu", *,

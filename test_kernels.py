@@ -174,10 +174,11 @@ def outputs_and_grads(fn, args, kwargs, cotangents=None):
     return outs, torch.autograd.grad(live, wanted, cotangents)
 
 
-def assert_as_accurate(got, same, truth, what="output"):
+def assert_as_accurate(got, same, truth, what="output", slack=1e-6):
     """got is at most twice as far from float64 as the twin of the same dtype is, plus one ulp, and no worse overall.
 
-    The 1e-6 serves results that are pure cancellation (a norm over one element has no gradient to x)."""
+    The 1e-6 serves results that are pure cancellation (a norm over one element has no gradient to x). slack: of the whole's norm,
+    for products in float32, whose sums run in another order than the twin's."""
     assert got.shape == same.shape and got.dtype == same.dtype, f"{what}: {got.shape} {got.dtype}, twin {same.shape} {same.dtype}"
     if not truth.numel():
         return
@@ -189,7 +190,7 @@ def assert_as_accurate(got, same, truth, what="output"):
         return  # the interpreter truncates bfloat16 stores
     err, ref = (got.double() - truth).norm(), (same.double() - truth).norm()
     luck = 1.05 + 2 / truth.numel() ** 0.5  # of few roundings the sums of squares differ by chance
-    assert err <= luck * ref + 1e-6 * truth.norm() + 1e-6, f"{what}: Frobenius error {err:.3e}, the twin's {ref:.3e}"
+    assert err <= luck * ref + slack * truth.norm() + 1e-6, f"{what}: Frobenius error {err:.3e}, the twin's {ref:.3e}"
 
 
 def check(module, fn, twin, *args, **kwargs):
@@ -206,15 +207,17 @@ def check(module, fn, twin, *args, **kwargs):
 
     truth, true_grads = outputs_and_grads(twin, [double(a) for a in args], {k: double(v) for k, v in kwargs.items()},
                                           _cotangents(same, same_grads))
+    product = module in (int8_gemm, fp8_gemm) or "mlp" in getattr(fn, "__name__", "mlp")
+    slack = 1e-6 if product else 3e-8  # a quarter of float32's epsilon: a weight off by 3e-7 shows
     for i, (o, o2, s, t) in enumerate(zip(outs, again, same, truth, strict=True)):
         if o is None:
             assert s is None
             continue
         assert torch.equal(o, o2), f"output {i} is not repeatable"
-        assert_as_accurate(o, s, t, f"output {i}")
+        assert_as_accurate(o, s, t, f"output {i}", slack)
     for i, (d, d2, s, t) in enumerate(zip(grads, grads_again, same_grads, true_grads, strict=True)):
         assert torch.equal(d, d2), f"gradient {i} is not repeatable"
-        assert_as_accurate(d, s, t, f"gradient {i}")
+        assert_as_accurate(d, s, t, f"gradient {i}", slack)
     for a, b in zip(args, before):
         assert not isinstance(a, torch.Tensor) or torch.equal(a, b), "an input was written to"
     return outs
@@ -4455,6 +4458,31 @@ def test_fp8_linear_one_row_is_quantised_in_the_product(monkeypatch, granularity
         assert fp8_gemm._linear(x, q.t(), s.t(), bias, granularity).isnan().all()
 
 
+@pytest.mark.parametrize("M, N, K, kind, parts", [
+    (5, 40, 4300, "row", 3), (33, 72, 2900, "block", 2), (65, 200, 5700, "block", 4), (3, 24, 8500, "fast", 6), (70, 136, 7300, "fast", 4),
+    (3, 24, 7000, "fast", 1), (3, 24, 2700, "row", 1), (20, 30, 12800, "block", 6), (130, 48, 4300, "row", 3),
+])  # fmt: skip
+def test_fp8_parts_of_k(monkeypatch, M, N, K, kind, parts):
+    """Few tiles and a long K: several programs share a tile. As Hopper does, whatever the GPU."""
+    if M > 64 and not GPU:
+        pytest.skip("a minute in the interpreter")
+    run, launched = fp8_gemm._enqueue, {}
+    monkeypatch.setattr(fp8_gemm, "_gpu", lambda t: ((9, 0), 132))
+    monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, programs, *args, **options: (launched.update({kernel.fn.__name__: programs}), run(kernel, programs, *args, **options)))
+    block = kind == "block"
+    (a, sa), (w, sw) = fp8_gemm.quantize_fp8_torch(randn(M, K), "block" if block else "row"), fp8_gemm.quantize_fp8_torch(randn(N, K), "block2d" if block else "row")
+    for dtype, bias in ((torch.float32, randn(N)), (torch.float16, None)):
+        launched.clear()
+        with poisoned(), kernel_only(fp8_gemm):
+            got, again = (fp8_gemm.fp8_gemm(a, w.t(), sa, sw.t(), dtype, bias, fast_accum=kind == "fast") for _ in range(2))
+        want = fp8_gemm.fp8_gemm_torch(a, w.t(), sa, sw.t(), torch.float64, bias)
+        assert torch.equal(got, again)
+        tiles = fp8_gemm._tiles(M, N, 16 if M <= 16 else 32 if M <= 32 else 128, 64)
+        assert launched["_gemm_kernel"] == tiles * parts and ("_add_parts_kernel" in launched) == (parts > 1), launched
+        error, short = (got.double() - want).norm() / want.norm(), (3e-3 if kind == "fast" else 1e-4) if GPU else 2e-6
+        assert error < short + (3e-4 if dtype == torch.float16 else 0), error
+
+
 @needs_gpu
 def test_fp8_linear_cache_on_other_streams():
     layer, x = fp8_gemm.FP8Linear(4096, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_(False), randn(4, 4096, dtype=torch.bfloat16)
@@ -5517,6 +5545,7 @@ import types, torch, benchmark
 from torch._dynamo.testing import CompileCounter
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # as benchmark.main does without a GPU
 o = benchmark.options(types.SimpleNamespace(dtype="{dtype}", backward=False))
 if o.gpu:
     benchmark.LLAMA.layers = 2
@@ -7233,7 +7262,7 @@ def test_trust_largest_sizes():
         assert (y.double() / (128.0 * K) - 1).abs().max() < 1e-6  # 127 * 128 * K fits
     with kernel_only(int8_gemm), pytest.raises(AssertionError, match="a twin of int8_gemm"):
         int8_gemm.int8_gemm(x, w8, s, quantize_activations=True)
-    # a head of 1024, positions up to 2^31 - 1 of the angles' kernel, rows of 300,000
+    # a head of 1024, rows of 300,000
     q = randn(1, 2, 1, 1024)
     cos, sin = rope.build_rope_cache(2, 1024, device=DEVICE)
     check(rope, rope.apply_rope, rope.rope_torch, q, None, cos, sin)
@@ -7295,6 +7324,10 @@ def trust_every_kernel(op):
                         (wide, sw), (rows, sr) = (fp8_gemm.quantize_fp8(randn(n, 128), granularity) for n in (8576, 130))
                         fp8_gemm.fp8_gemm(rows, wide.t(), sr, sw.t(), torch.float32, fast_accum=fast)
                     fp8_gemm.fp8_gemm(a[:M], b.t(), sa[:M] if sa.dim() else sa, sb.t(), torch.float32, randn(96), fast_accum=fast)
+        with pytest.MonkeyPatch.context() as patch:  # by parts of K, as Hopper does
+            patch.setattr(fp8_gemm, "_gpu", lambda t: ((9, 0), 132))
+            (b, sb), (a, sa) = fp8_gemm.quantize_fp8(randn(96, 4300), "row"), fp8_gemm.quantize_fp8(randn(20, 4300), "row")
+            fp8_gemm.fp8_gemm(a, b.t(), sa, sb.t(), torch.float32, randn(96), fast_accum=False)
 
 
 @pytest.mark.parametrize("op", [m.__name__ for m in TRUST_OPS])
@@ -8236,8 +8269,8 @@ def aot_results(aot_process):
 
 @pytest.mark.parametrize("job", range(len(aot_jobs())), ids=[f"{j[1]}-{j[5]}-{n}" for n, j in enumerate(aot_jobs())])
 def test_ahead_of_time(aot_results, job):
-    """Every kernel compiles for every generation, within 255 registers (512 on AMD) and without a spill; but for up to 24 bytes
-    of stack at a loop's edge, which come and go with the release of ptxas and cost nothing that can be measured."""
+    """The launches in AOT compile for their generations and spill nothing; but for up to 24 bytes of stack at a loop's edge, which
+    come and go with the release of ptxas and cost nothing that can be measured. .ci/architectures.py lists what larger tiles spill."""
     result = aot_results[job]
     if "ld.lld" in result.get("error", ""):
         pytest.skip("this Triton needs ROCm's linker to compile for AMD")
