@@ -537,7 +537,7 @@ def _kernel_serves(*tensors) -> bool:
         return False  # forward-mode derivatives, torch.func, vmap and torch.jit.trace go through the twins
     for t in tensors:
         if t is not None and (
-            type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # with `is` torch 2.8's dynamo errs
+            type(t) not in (Tensor, nn.Parameter) or t.dtype == torch.float64  # `is` fails in torch 2.8's dynamo
             or not (t.is_cuda or t.is_xpu or (_INTERPRET and t.is_cpu and not compiling))
             or (compiling and torch.fx.experimental.symbolic_shapes.guard_or_true(t.numel() == 0))
         ):  # fmt: skip
@@ -906,8 +906,9 @@ class _FP8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, b, b_scale, granularity):
         kept = (b, b_scale) if weight is None else (weight, None)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, *kept)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if needs_weight else None, *(kept if needs_x else (None, None)))
+        ctx.weight_dtype, ctx.bias_dtype = (None if t is None else t.dtype for t in (weight, bias))
         return _linear(x, b, b_scale, bias, granularity)
 
     @staticmethod
@@ -918,7 +919,7 @@ class _FP8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ (weight.to(grad.dtype) if scale is None else dequantize_fp8(weight, scale, grad.dtype).t())
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.t() @ x).to(weight.dtype)
+            grad_weight = (grad.t() @ x).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None
@@ -1008,9 +1009,10 @@ class FP8Linear(nn.Module):
         new.in_features, new.out_features = linear.in_features, linear.out_features
         bias = linear.bias  # a parametrised or pruned one is a plain tensor
         new.weight, new.bias = None, bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        b, b_scale = new._quantize(weight)
-        new.register_buffer("weight_fp8", b.t())
-        new.register_buffer("weight_scale", b_scale.t())
+        with torch.inference_mode(False):  # its tensors could not be saved for a backward
+            b, b_scale = new._quantize(weight)
+            new.register_buffer("weight_fp8", b.t())
+            new.register_buffer("weight_scale", b_scale.t())
         return new.train(linear.training)
 
     def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:

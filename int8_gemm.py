@@ -915,7 +915,7 @@ def _for_tma(t: Tensor) -> Tensor:
 class _Int8Gemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_int8, scale, bias, quantize_activations):
-        ctx.save_for_backward(weight_int8, scale)
+        ctx.save_for_backward(*((weight_int8, scale) if ctx.needs_input_grad[0] else (None, None)))
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _int8_gemm_triton(x, weight_int8, scale, bias, quantize_activations)
 
@@ -1048,7 +1048,8 @@ class QuantizedLinear(Int8Linear):
             raise TypeError(f"linear must be an nn.Linear with a float weight, got {type(linear).__name__}")
         new = cls(0, 0, quantize_activations=quantize_activations, device="meta")
         new.in_features, new.out_features = linear.in_features, linear.out_features
-        new.weight_int8, new.weight_scale = quantize_weight_per_channel(weight.detach())
+        with torch.inference_mode(False):  # its tensors could not be saved for a backward
+            new.weight_int8, new.weight_scale = quantize_weight_per_channel(weight.detach())
         bias = linear.bias  # a parametrised or pruned one is a plain tensor
         new.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return new.train(linear.training)

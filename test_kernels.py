@@ -4422,6 +4422,28 @@ def test_fp8_linear_cache_stays_while_its_weight_is_saved_or_tied():
     assert layer._cache is not None
 
 
+@pytest.mark.parametrize("make", [
+    lambda linear: fp8_gemm.FP8Linear.from_linear(linear), lambda linear: int8_gemm.QuantizedLinear.from_linear(linear),
+    lambda linear: int8_gemm.QuantizedLinear.from_linear(linear, quantize_activations=True),
+])  # fmt: skip
+def test_linears_quantised_in_inference_mode_train_their_bias(make):
+    linear, x = nn.Linear(64, 32, device=DEVICE), randn(3, 64, grad=True)
+    with torch.inference_mode():
+        new = make(linear)
+    for rows in (x, x.detach()):
+        new(rows).square().sum().backward()
+    assert x.grad.isfinite().all() and new.bias.grad.isfinite().all()
+
+
+def test_fp8_linear_saves_no_weight_that_no_gradient_needs():
+    for layer in (nn.Linear(64, 32, device=DEVICE), fp8_gemm.FP8Linear(64, 32, True, device=DEVICE)):
+        y = layer(randn(3, 64))
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        y.sum().backward()  # x asks for none
+        assert layer.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(40, 64), (24, 32)])
 def test_fp8_linear_takes_a_weight_of_other_sizes(shape):
     """As nn.Linear does, which has no use for its in_features either."""
@@ -4974,6 +4996,19 @@ def test_models_patched(family, models_twins):
     if not GPU:
         models_twins()
         assert torch.equal(models_generate(patched, tokens), generated)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma", "Gemma2", "Cohere", "Glm"])
+def test_models_patched_relatives(family, models_twins):
+    """Of the same parts; Cohere's and GLM's rope, of the same name, turns adjacent pairs, so that it stays their own."""
+    model, tokens = models_stock(family)
+    if not GPU:
+        models_twins()
+    with torch.no_grad():
+        want = model(tokens).logits
+        models_recipe("patch")(model)
+        assert "SwiGLU" in {type(m).__name__ for m in model.modules()} or family == "Glm"  # whose gate and up are packed
+        torch.testing.assert_close(model(tokens).logits, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if GPU else [torch.float16])  # bf16 stores truncate
