@@ -217,7 +217,7 @@ def check(module, fn, twin, *args, **kwargs):
         assert_as_accurate(o, s, t, f"output {i}", slack)
     for i, (d, d2, s, t) in enumerate(zip(grads, grads_again, same_grads, true_grads, strict=True)):
         assert torch.equal(d, d2), f"gradient {i} is not repeatable"
-        assert_as_accurate(d, s, t, f"gradient {i}", slack)
+        assert_as_accurate(d, s, t, f"gradient {i}", slack if GPU else 1e-6)  # the interpreter's NumPy sums rows one by one
     for a, b in zip(args, before):
         assert not isinstance(a, torch.Tensor) or torch.equal(a, b), "an input was written to"
     return outs
@@ -4501,8 +4501,11 @@ def test_fp8_parts_of_k(monkeypatch, M, N, K, kind, parts):
         assert torch.equal(got, again)
         tiles = fp8_gemm._tiles(M, N, 16 if M <= 16 else 32 if M <= 32 else 128, 64)
         assert launched["_gemm_kernel"] == tiles * parts and ("_add_parts_kernel" in launched) == (parts > 1), launched
-        error, short = (got.double() - want).norm() / want.norm(), (3e-3 if kind == "fast" else 1e-4) if GPU else 2e-6
-        assert error < short + (3e-4 if dtype == torch.float16 else 0), error
+        with monkeypatch.context() as patch:
+            patch.setattr(fp8_gemm, "_parts", lambda *sizes: 1)
+            whole = fp8_gemm.fp8_gemm(a, w.t(), sa, sw.t(), dtype, bias, fast_accum=kind == "fast")
+        error, theirs = ((y.double() - want).norm() / want.norm() for y in (got, whole))
+        assert error <= 1.05 * theirs + 1e-6 and theirs < 3e-3, (error, theirs)
 
 
 @needs_gpu
@@ -6689,16 +6692,18 @@ def test_trust_threads():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_trust_two_devices_in_turns():
+    """Outputs and gradients on the second GPU, of the same architecture: the bits of the first."""
     trust_compile((70,))
-    for _, fn, make in COMPILE:
-        args = make(70)
-        other = [a.detach().to("cuda:1").requires_grad_(a.requires_grad) for a in args]
-        for here, there in [(fn, fn)] * 2:
-            a, b = (trust_flat(outputs_and_grads(f, x, {})) for f, x in ((here, args), (there, other)))
-            assert all(t.device.index == 1 for t in b if t is not None)
-            # same architecture, same bits; drawn cotangents differ from device to device, so outputs alone are compared
-            assert trust_equal([t.to("cuda:0") for t in fn(*other) if t is not None] if isinstance(fn(*other), tuple) else [fn(*other).to("cuda:0")],
-                               [t for t in as_tuple(fn(*args)) if t is not None])  # fmt: skip
+    for name, fn, make in COMPILE:
+        args, got = make(70), []
+        for device in ("cuda:0", "cuda:1", "cuda:1", "cuda:0"):
+            own = [a.detach().to(device).requires_grad_(a.requires_grad) for a in args]
+            live = [o for o in as_tuple(fn(*own)) if o is not None and o.requires_grad]
+            cotangents = [torch.linspace(-1, 1, o.numel(), device=device, dtype=o.dtype).view(o.shape) for o in live]
+            results = trust_flat(outputs_and_grads(fn, own, {}, cotangents))
+            assert all(t.device == torch.device(device) for t in results if t is not None), name
+            got.append([t if t is None else t.to("cuda:0") for t in results])
+        assert all(trust_equal(other, got[0]) for other in got[1:]), name
 
 
 @needs_gpu
