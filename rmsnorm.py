@@ -308,7 +308,7 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
         widest = 65536 // x.element_size() // (1 if residual is None else 2)
         BLOCK_N = min(BLOCK_N // (2 if N >= BLOCK_N // 4 * 3 else 4), widest)
     # Rows that leave much of their block empty want few warps: 96.7 at 65536x1536, 4.1 at 2048x1152 (four: 99.2, 4.7)
-    num_warps = 2 if 512 < N < 2048 else 4 if N <= 3072 else 8 if N <= (7168 if residual is None else 6144) else 16
+    num_warps = 2 if 512 < N < 2048 and N != 1024 else 4 if N <= 3072 else 8 if N <= (7168 if residual is None else 6144) else 16
     unroll = 1
     if N > 32768 and residual is None and torch.version.hip is None:  # 32 of AMD's warps would be too many threads
         num_warps, unroll = 32, N // BLOCK_N - 1 if N % BLOCK_N == 0 and N <= 8 * BLOCK_N else 1
