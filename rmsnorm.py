@@ -307,16 +307,16 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     if N > 8192:
         widest = 65536 // x.element_size() // (1 if residual is None else 2)
         BLOCK_N = min(BLOCK_N // (2 if N >= BLOCK_N // 4 * 3 else 4), widest)
-    # Rows that leave much of their block empty want few warps: 96.7 at 65536x1536, 4.1 at 2048x1152 (four: 99.2, 4.7)
-    num_warps = 2 if 512 < N < 2048 and N != 1024 else 4 if N <= 3072 else 8 if N <= (7168 if residual is None else 6144) else 16
+    # Rows that leave much of their block empty want few warps: 73 us at 65536x1152, by four 85; 97 and 99 at 65536x1536
+    num_warps = 2 if 512 < N < 2048 and N != 1024 else 4 if N <= 3072 else 8 if N <= 6144 else 16
     unroll = 1
     if N > 32768 and residual is None and torch.version.hip is None:  # 32 of AMD's warps would be too many threads
         num_warps, unroll = 32, N // BLOCK_N - 1 if N % BLOCK_N == 0 and N <= 8 * BLOCK_N else 1
     BLOCK_M = max(2048 // BLOCK_N, 1)
-    # Rows of 3073 to 8192 columns are read twice, too, with the same bits, where they are more than L2 holds: 126 us at
-    # 32768x4096 (once: 130), 249 at 32768x8192 (262). Fewer are not: 9.4 at 2048x4096 (twice: 9.9), 11.7 at 2048x5120
-    # (13.1), with a residual 16.9 at 2048x4096 (17.8)
-    again = 3072 < N <= 8192 and M * N >= 2**25
+    # Many rows of 3073 to 8192 columns are read twice, too, with the same bits: 250 us at 65536x4096 (once: 260), 126
+    # at 32768x4096 (130). Few rows are not: 2.3 at 8x8192 (2.1), with a residual 18.2 at 2048x4096 (17.0). Between,
+    # once is less steady: 9.2 to 11.3 at 2048x4096 (twice: 9.9 to 10.9), 17.5 to 20.3 at 4096x4096 (17.9 to 18.1)
+    again = 3072 < N <= 8192 and M >= (512 if residual is None else 4096)
     scalars = _stride(x), _stride(residual), M, eps, offset, N, casting == "llama", again, BLOCK_M, BLOCK_N, unroll
     _enqueue(_rmsnorm_fwd_kernel, -(-M // BLOCK_M), (x, residual, weight, y, h, rstd), scalars, num_warps=num_warps)
     return y, h, rstd
@@ -489,7 +489,7 @@ class TritonRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         options = {"offset": self.offset, "casting": self.casting}
-        if x.shape[-1:] != self.normalized_shape:  # without a weight nothing else notices
+        if isinstance(x, Tensor) and x.shape[-1:] != self.normalized_shape:  # without a weight nothing else notices
             raise ValueError(f"x must have shape (..., {self.normalized_shape[0]}), got {tuple(x.shape)}")
         if residual is None:
             return rmsnorm(x, self.weight, self.eps, **options)

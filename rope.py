@@ -128,7 +128,7 @@ def build_rope_cache(
     inv_freq, attention_factor = _frequencies(seq_len, head_dim, base, scaling, wide)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=wide), inv_freq)
     cos, sin = ((t * attention_factor).to(dtype) for t in (angles.cos(), angles.sin()))
-    return cos.to(device), sin.to(device)
+    return (cos, sin) if wide == device else (cos.to(device), sin.to(device))
 
 
 def _rotary_dim(D, cos, rotary_dim):
@@ -589,8 +589,12 @@ class RotaryEmbedding(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # tables of inference mode could not serve training
             return build_rope_cache(rows, self.dim, self.base, scaling=self.scaling, device=device)
 
-    def _tables(self, length: int, q: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_exporting():  # a program that keeps nothing: its lengths have no bound
+    def _tables(self, length: int, q: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        # An exported program keeps nothing: its lengths have no bound, and positions may lie anywhere. (is_exporting()
+        # is True in torch.compile, too, up to PyTorch 2.11)
+        if torch.compiler._is_exporting_flag:
+            if positions is not None:
+                length = (max if isinstance(length, int) else torch.sym_max)(length, self.max_seq_len)
             return self._build(length, q.device)
         kept, eager = self._kept, not torch.compiler.is_compiling()
         rows = kept[0].shape[0]
@@ -605,7 +609,8 @@ class RotaryEmbedding(nn.Module):
         if rows != kept[0].shape[0] or kept[0].device != q.device or unfit:
             kept = self._build(rows, q.device)
             transformed = eager and torch._C._functorch.peek_interpreter_stack() is not None
-            if not transformed and type(kept[0]) in (Tensor,):  # torch.func's, FakeTensorMode's: for this call alone
+            # Those of torch.func and FakeTensorMode serve this call alone (`is` fails in torch 2.8's dynamo)
+            if not transformed and type(kept[0]) in (Tensor,):
                 self._kept = kept
         return kept
 
@@ -623,7 +628,7 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         _check_qk(q, k, (3, 4))
         length = q.shape[-3] if seq_len is None else max(q.shape[-3], _index(seq_len, "seq_len"))
-        cos, sin = _on_mesh_of(q, *self._tables(length, q))
+        cos, sin = _on_mesh_of(q, *self._tables(length, q, position_ids))
         if q.shape[-1] < 2 * cos.shape[-1]:
             raise ValueError(f"q must have a head_dim of at least {2 * cos.shape[-1]}, got shape {tuple(q.shape)}")
         return apply_rope(

@@ -601,9 +601,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check(self.activation, x=x)
         if x.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"x must have shape (..., {self.hidden_size}), got {tuple(x.shape)}")
-        _check(self.activation, x=x)
         return self.down_proj(swiglu_fused(self.gate_proj(x), self.up_proj(x), self.activation))
 
     def extra_repr(self) -> str:
@@ -626,7 +626,7 @@ class FusedGatedMLP(nn.Module):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.hidden_dim,):
+        if isinstance(x, Tensor) and x.shape[-1:] != (self.hidden_dim,):
             raise ValueError(f"x must have shape (..., {self.hidden_dim}), got {tuple(x.shape)}")
         return fused_gated_mlp(x, self.gate_weight, self.up_weight, self.activation)
 

@@ -4444,6 +4444,48 @@ def test_fp8_linear_saves_no_weight_that_no_gradient_needs():
         assert layer.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("way", ["compile", "export", "export strictly"])
+def test_rope_embedding_positions_in_a_traced_decode_step(way):
+    """One row, whose position lies anywhere in max_seq_len: a table as long as the row alone would give NaN."""
+    module = rope.RotaryEmbedding(8, 64, device=DEVICE)
+    q, k, at = randn(2, 1, 4, 8), randn(2, 1, 2, 8), torch.tensor([[5], [60]], device=DEVICE)
+    want = module(q, k, position_ids=at)
+    if way == "compile":
+        traced = torch.compile(module, fullgraph=True, backend="eager")
+        got = traced(q, k, position_ids=at)
+        assert module._kept[0].shape[0] == 64
+    else:
+
+        class Step(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rope = module
+
+            def forward(self, q, k, at):
+                return self.rope(q, k, position_ids=at)
+
+        got = torch.export.export(Step(), (q, k, at), strict=way == "export strictly").module()(q, k, at)
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w)
+    torch._dynamo.reset()
+
+
+def test_rope_tables_of_a_fake_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert rope.build_rope_cache(9, 8, device="cuda")[0].shape == (9, 4)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: rmsnorm.TritonRMSNorm(8), lambda: swiglu.SwiGLU(8, 16), lambda: swiglu.FusedGatedMLP(8, 16), lambda: fused_rmsnorm_rope.FusedRMSNormRoPE(16, 8),
+])  # fmt: skip
+def test_modules_bad_input_no_tensor(make):
+    for x in (None, [1.0]):
+        with pytest.raises(TypeError, match="^x must be a tensor"):
+            make()(*(x, *[torch.ones(1, 4)] * 2)[: 3 if isinstance(make(), fused_rmsnorm_rope.FusedRMSNormRoPE) else 1])
+
+
 @pytest.mark.parametrize("shape", [(40, 64), (24, 32)])
 def test_fp8_linear_takes_a_weight_of_other_sizes(shape):
     """As nn.Linear does, which has no use for its in_features either."""
