@@ -6738,12 +6738,12 @@ def test_trust_two_devices_in_turns():
     trust_compile((70,))
     for name, fn, make in COMPILE:
         args, got = make(70), []
-        for device in ("cuda:0", "cuda:1", "cuda:1", "cuda:0"):
-            own = [a.detach().to(device).requires_grad_(a.requires_grad) for a in args]
+        for place in ("cuda:0", "cuda:1", "cuda:1", "cuda:0"):
+            own = [a.detach().to(place).requires_grad_(a.requires_grad) for a in args]
             live = [o for o in as_tuple(fn(*own)) if o is not None and o.requires_grad]
-            cotangents = [torch.linspace(-1, 1, o.numel(), device=device, dtype=o.dtype).view(o.shape) for o in live]
+            cotangents = [torch.linspace(-1, 1, o.numel(), device=place, dtype=o.dtype).view(o.shape) for o in live]
             results = trust_flat(outputs_and_grads(fn, own, {}, cotangents))
-            assert all(t.device == torch.device(device) for t in results if t is not None), name
+            assert all(t.device == torch.device(place) for t in results if t is not None), name
             got.append([t if t is None else t.to("cuda:0") for t in results])
         assert all(trust_equal(other, got[0]) for other in got[1:]), name
 
