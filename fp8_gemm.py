@@ -559,6 +559,13 @@ def _gpu(t: Tensor) -> tuple[tuple[int, int], int]:
     return (_properties if torch.compiler.is_compiling() else _properties_cached)(t.get_device())
 
 
+def _check_float(name, t):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not t.is_floating_point() or t.element_size() == 1:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+
+
 def quantize_fp8(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
     """x * (1 / scale) in float8_e4m3fn, so that x is nearly fp8 * scale.
 
@@ -572,8 +579,7 @@ def quantize_fp8(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor
         torch._scaled_mm has them; (ceil(M/128), ceil(K/128)). No gradient. amax is over finite values; NaN and Inf
         (which the format lacks) become NaN, alone. Raises: ValueError, TypeError.
     """
-    if not x.is_floating_point() or x.element_size() == 1:
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    _check_float("x", x)
     if granularity not in ("tensor", "row", "block", "block2d"):
         raise ValueError(f'granularity must be "tensor", "row", "block" or "block2d", got {granularity!r}')
     if x.ndim == 0 and granularity != "tensor" or x.ndim != 2 and granularity == "block2d":
@@ -623,8 +629,8 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
 
 def dequantize_fp8(x_fp8: Tensor, scale: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     """x_fp8 * scale in float32, rounded to dtype once. A dimension of scale is 1, x_fp8's, or a 128th of that."""
-    if x_fp8.dtype != _FP8:
-        raise TypeError(f"x_fp8 must be float8_e4m3fn, got {x_fp8.dtype}")
+    if getattr(x_fp8, "dtype", None) != _FP8:
+        raise TypeError(f"x_fp8 must be a float8_e4m3fn tensor, got {getattr(x_fp8, 'dtype', type(x_fp8))}")
     dtypes = getattr(scale, "dtype", type(scale)), dtype
     if not all(isinstance(t, torch.dtype) and t.is_floating_point and t.itemsize > 1 for t in dtypes):
         raise TypeError(f"scale and dtype must be float16, bfloat16, float32 or float64, got {dtypes[0]} and {dtype}")
@@ -868,6 +874,9 @@ def fp8_gemm(
     Returns:
         (M, N). Not differentiable: FP8Linear is. Raises: ValueError, TypeError.
     """
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"a and b must have shapes (M, K) and (K, N), got {tuple(a.shape)} and {tuple(b.shape)}")
     for name, t, scale in (("a", a, a_scale), ("b", b, b_scale)):
@@ -882,10 +891,10 @@ def fp8_gemm(
             raise TypeError(f"{name}_scale must be a float32 tensor, got {getattr(scale, 'dtype', type(scale))}")
     if output_dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"output_dtype must be float16, bfloat16 or float32, got {output_dtype}")
-    if bias is not None and (not bias.is_floating_point() or bias.element_size() == 1):
-        raise TypeError(f"bias must be float32, float16, bfloat16 or float64, got {bias.dtype}")
-    if bias is not None and bias.shape != (b.shape[1],):
-        raise ValueError(f"bias must have shape {(b.shape[1],)}, got {tuple(bias.shape)}")
+    if bias is not None:
+        _check_float("bias", bias)
+        if bias.shape != (b.shape[1],):
+            raise ValueError(f"bias must have shape {(b.shape[1],)}, got {tuple(bias.shape)}")
     device = a.device
     for name, t in (("b", b), ("a_scale", a_scale), ("b_scale", b_scale), ("bias", bias)):
         if t is not None and t.device != device:
@@ -1071,8 +1080,7 @@ class FP8Linear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.element_size() == 1:
-            raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+        _check_float("x", x)
         weight, bias = self.weight, self.bias
         w, scale = (self.weight_fp8, self.weight_scale) if weight is None else (weight, None)
         if weight is None and (w.dtype != _FP8 or scale.dtype != torch.float32):

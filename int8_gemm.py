@@ -561,6 +561,13 @@ def _one_of(values, n):
     return None
 
 
+def _check_float(name, t):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not t.is_floating_point() or t.element_size() == 1:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+
+
 def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) -> tuple[Tensor, Tensor]:
     """The nearest int8 multiples of a scale per slice: scale = amax / (2^(bits-1) - 1), ties to even.
 
@@ -570,8 +577,7 @@ def quantize_symmetric(tensor: Tensor, bits: int = 8, dim: int | None = None) ->
         int8 of tensor's shape and the float32 scale, in which `dim` has size 1 (None: a scalar); an all-zero slice
         has scale 1. No gradient. Non-finite values are not looked for: their slice dequantises to NaN or Inf.
     """
-    if not tensor.is_floating_point() or tensor.element_size() == 1:
-        raise TypeError(f"tensor must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    _check_float("tensor", tensor)
     if (known_bits := _one_of(range(2, 9), bits)) is None:
         raise ValueError(f"bits must be 2 to 8, got {bits!r}")
     integer = torch.compiler.is_compiling() or hasattr(dim, "__index__")
@@ -622,8 +628,7 @@ def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
 
 def quantize_weight_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 (N, K) and the float32 scale (N,) of a weight (N, K): what int8_gemm takes."""
-    if not weight.is_floating_point() or weight.element_size() == 1:
-        raise TypeError(f"weight must be float16, bfloat16, float32 or float64, got {weight.dtype}")
+    _check_float("weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (N, K), got {tuple(weight.shape)}")
     quantized, scale = quantize_symmetric(weight, dim=1)
@@ -632,8 +637,8 @@ def quantize_weight_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     """quantized * scale in float32, rounded once. A scale (N,) goes with the rows of (N, K), any other broadcasts."""
-    if quantized.dtype != torch.int8:
-        raise TypeError(f"quantized must be int8, got {quantized.dtype}")
+    if getattr(quantized, "dtype", None) != torch.int8:
+        raise TypeError(f"quantized must be an int8 tensor, got {getattr(quantized, 'dtype', type(quantized))}")
     dtypes = getattr(scale, "dtype", type(scale)), dtype
     if not all(isinstance(t, torch.dtype) and t.is_floating_point and t.itemsize > 1 for t in dtypes):
         raise TypeError(f"scale and dtype must be float16, bfloat16, float32 or float64, got {dtypes[0]} and {dtype}")
@@ -944,22 +949,22 @@ def int8_gemm(
         (..., N), in the autocast dtype under autocast, as F.linear. Differentiable in x and bias; the rounding of x
         passes its gradient straight through. Raises: ValueError, TypeError.
     """
-    if weight_int8.dtype != torch.int8 or weight_int8.ndim != 2:
-        error = TypeError if weight_int8.dtype != torch.int8 else ValueError
-        raise error(f"weight_int8 must be int8 (N, K), got {weight_int8.dtype} {tuple(weight_int8.shape)}")
+    if getattr(weight_int8, "dtype", None) != torch.int8:
+        raise TypeError(f"weight_int8 must be an int8 tensor, got {getattr(weight_int8, 'dtype', type(weight_int8))}")
+    if weight_int8.ndim != 2:
+        raise ValueError(f"weight_int8 must have shape (N, K), got {tuple(weight_int8.shape)}")
     N, K = weight_int8.shape
-    if not x.is_floating_point() or x.element_size() == 1:
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    _check_float("x", x)
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x must have shape (..., {K}) to go with weight_int8 {(N, K)}, got {tuple(x.shape)}")
     if getattr(scale, "dtype", None) != torch.float32:
         raise TypeError(f"scale must be a float32 tensor, got {getattr(scale, 'dtype', type(scale))}")
-    if bias is not None and (not bias.is_floating_point() or bias.element_size() == 1):
-        raise TypeError(f"bias must be float32, float16, bfloat16 or float64, got {bias.dtype}")
     if scale.shape != (N,):
         raise ValueError(f"scale must have shape {(N,)}, got {tuple(scale.shape)}")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias must have shape {(N,)}, got {tuple(bias.shape)}")
+    if bias is not None:
+        _check_float("bias", bias)
+        if bias.shape != (N,):
+            raise ValueError(f"bias must have shape {(N,)}, got {tuple(bias.shape)}")
     if weight_int8.device != x.device or scale.device != x.device or (bias is not None and bias.device != x.device):
         devices = weight_int8.device, scale.device, None if bias is None else bias.device
         raise ValueError(f"weight_int8, scale and bias must be on x's device {x.device}, got {devices}")

@@ -140,8 +140,9 @@ def _turn(x, interleaved, turn):
     """x with turn(x0, x1) for each pair, left in float32 (float64 where x is)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
-    dim = x.dim() if interleaved else x.dim() - 1  # of a DTensor's negative one PyTorch 2.11 loses count, and gathers
-    return torch.stack(turn(x0, x1), dim).flatten(-2)
+    y = turn(x0, x1)
+    dim = y[0].dim() if interleaved else y[0].dim() - 1  # of a negative one PyTorch 2.11 loses count: DTensors gather
+    return torch.stack(y, dim).flatten(-2)
 
 
 def _dense(y, q):

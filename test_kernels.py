@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import functools
 import itertools
 import json
 import multiprocessing
@@ -3620,7 +3621,7 @@ def _int8_error(change):
 
 
 for _name, _change, _error, _match in [
-    ("float weight", lambda a: {"weight_int8": a["weight_int8"].float()}, TypeError, "weight_int8 must be int8.*float32"),
+    ("float weight", lambda a: {"weight_int8": a["weight_int8"].float()}, TypeError, "weight_int8 must be an int8.*float32"),
     ("1-d weight", lambda a: {"weight_int8": a["weight_int8"][0]}, ValueError, "weight_int8.*64"),
     ("int x", lambda a: {"x": a["x"].int()}, TypeError, "x must be.*int32"),
     ("K differs", lambda a: {"x": a["x"][:, :-1]}, ValueError, r"x must have shape \(\.\.\., 64\).*63"),
@@ -3630,8 +3631,8 @@ for _name, _change, _error, _match in [
     ("scale a number", lambda a: {"scale": 1.0}, TypeError, "scale must be a float32 tensor.*float"),
     ("scale grad", lambda a: {"scale": a["scale"].requires_grad_()}, ValueError, "scale must not require"),
     ("bias shape", lambda a: {"bias": a["bias"][:-1]}, ValueError, r"bias must have shape \(24,\).*23"),
-    ("bias dtype", lambda a: {"bias": a["bias"].int()}, TypeError, "bias must be float32.*int32"),
-    ("bias in fp8", lambda a: {"bias": a["bias"].to(torch.float8_e5m2)}, TypeError, "bias must be float32.*float8_e5m2"),
+    ("bias dtype", lambda a: {"bias": a["bias"].int()}, TypeError, "bias must be float16.*int32"),
+    ("bias in fp8", lambda a: {"bias": a["bias"].to(torch.float8_e5m2)}, TypeError, "bias must be float16.*float8_e5m2"),
     ("devices", lambda a: {"scale": a["scale"].to("meta")}, ValueError, "device.*meta"),
 ]:
     ERRORS.append((f"int8_gemm: {_name}", _int8_error(_change), _error, _match))
@@ -3643,7 +3644,7 @@ ERRORS += [
     ("quantize_symmetric: bits", lambda: int8_gemm.quantize_symmetric(randn(3), bits=9), ValueError, "bits must be 2 to 8, got 9"),
     ("quantize_symmetric: dim", lambda: int8_gemm.quantize_symmetric(randn(3), dim=1), ValueError, "dim must be.*got 1"),
     ("quantize_weight_per_channel: 1-d", lambda: int8_gemm.quantize_weight_per_channel(randn(3)), ValueError, r"weight must have shape \(N, K\).*3"),
-    ("dequantize: floats", lambda: int8_gemm.dequantize(randn(3), randn(1)), TypeError, "quantized must be int8.*float32"),
+    ("dequantize: floats", lambda: int8_gemm.dequantize(randn(3), randn(1)), TypeError, "quantized must be an int8.*float32"),
     ("dequantize: int scale", lambda: int8_gemm.dequantize(randn(3).to(torch.int8), randn(1).int()), TypeError, "scale and dtype.*int32"),
     ("dequantize: scale shape", lambda: int8_gemm.dequantize(randn(3, 4).to(torch.int8), randn(4)), ValueError, r"scale must broadcast to \(3, 4\), got \(4,\)"),
     ("dequantize: fp8 scale", lambda: int8_gemm.dequantize(randn(3).to(torch.int8), randn(1).to(torch.float8_e4m3fn)), TypeError, "scale and dtype.*float8"),
@@ -4478,12 +4479,29 @@ def test_rope_tables_of_a_fake_device():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: rmsnorm.TritonRMSNorm(8), lambda: swiglu.SwiGLU(8, 16), lambda: swiglu.FusedGatedMLP(8, 16), lambda: fused_rmsnorm_rope.FusedRMSNormRoPE(16, 8),
+    lambda: rmsnorm.TritonRMSNorm(8), lambda: swiglu.SwiGLU(8, 16), lambda: swiglu.FusedGatedMLP(8, 16), lambda: fp8_gemm.FP8Linear(8, 16),
+    lambda: int8_gemm.Int8Linear(8, 16), lambda: functools.partial(fused_rmsnorm_rope.FusedRMSNormRoPE(16, 8), cos=torch.ones(1, 4), sin=torch.ones(1, 4)),
 ])  # fmt: skip
 def test_modules_bad_input_no_tensor(make):
     for x in (None, [1.0]):
         with pytest.raises(TypeError, match="^x must be a tensor"):
-            make()(*(x, *[torch.ones(1, 4)] * 2)[: 3 if isinstance(make(), fused_rmsnorm_rope.FusedRMSNormRoPE) else 1])
+            make()(x)
+
+
+def test_products_bad_input_no_tensor():
+    x, w8, s = torch.ones(2, 8), torch.ones(4, 8, dtype=torch.int8), torch.ones(4)
+    (a, sa), (b, sb) = fp8_gemm.quantize_fp8_torch(x, "row"), fp8_gemm.quantize_fp8_torch(torch.ones(4, 8), "row")
+    for name, call in {
+        "x": lambda: int8_gemm.int8_gemm(None, w8, s), "weight_int8": lambda: int8_gemm.int8_gemm(x, None, s), "scale": lambda: int8_gemm.int8_gemm(x, w8, None),
+        "bias": lambda: int8_gemm.int8_gemm(x, w8, s, 1.0), "tensor": lambda: int8_gemm.quantize_symmetric([1.0]),
+        "weight": lambda: int8_gemm.quantize_weight_per_channel(None), "quantized": lambda: int8_gemm.dequantize(None, s),
+        "a": lambda: fp8_gemm.fp8_gemm(None, b.t(), sa, sb.t()), "b": lambda: fp8_gemm.fp8_gemm(a, None, sa, sb.t()), "x_fp8": lambda: fp8_gemm.dequantize_fp8(None, sa),
+    }.items():  # fmt: skip
+        with pytest.raises(TypeError, match=f"^{name} "):
+            call()
+    for name, call in {"x": lambda: fp8_gemm.quantize_fp8(None), "bias": lambda: fp8_gemm.fp8_gemm(a, b.t(), sa, sb.t(), bias=1.0)}.items():
+        with pytest.raises(TypeError, match=f"^{name} "):
+            call()
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (24, 32)])
@@ -4759,8 +4777,8 @@ for _name, _change, _error, _match in [
     ("block and row", lambda a: {"a_scale": torch.ones(2, 3, device=DEVICE)}, ValueError, r"blocks, both \(2, 3\) and \(3, 1\).*got \(2, 3\)"),
     ("output dtype", lambda a: {"output_dtype": torch.float64}, TypeError, "output_dtype must be.*float64"),
     ("bias shape", lambda a: {"bias": a["bias"][1:]}, ValueError, r"bias must have shape \(24,\).*23"),
-    ("bias dtype", lambda a: {"bias": a["bias"].int()}, TypeError, "bias must be float32.*int32"),
-    ("bias in fp8", lambda a: {"bias": a["bias"].to(torch.float8_e5m2)}, TypeError, "bias must be float32.*float8_e5m2"),
+    ("bias dtype", lambda a: {"bias": a["bias"].int()}, TypeError, "bias must be float16.*int32"),
+    ("bias in fp8", lambda a: {"bias": a["bias"].to(torch.float8_e5m2)}, TypeError, "bias must be float16.*float8_e5m2"),
     ("devices", lambda a: {"b_scale": a["b_scale"].to("meta")}, ValueError, "b_scale must be on a's device.*meta"),
     ("gradient", lambda a: {"bias": a["bias"].requires_grad_()}, ValueError, "not differentiable.*FP8Linear"),
     ("float gradient", lambda a: {"a": randn(2, 300, grad=True), "a_scale": None}, ValueError, "not differentiable.*FP8Linear"),
@@ -4768,11 +4786,11 @@ for _name, _change, _error, _match in [
     ERRORS.append((f"fp8_gemm: {_name}", _fp8_error(_change), _error, _match))
 ERRORS += [
     ("fp8-scale-of-three-dimensions", lambda: fp8_gemm.fp8_gemm(*[randn(8, 8).to(FP8)] * 2, *[torch.ones(1, 1, 1, device=DEVICE)] * 2), ValueError, "must each have one element"),
-    ("quantize_fp8: ints", lambda: fp8_gemm.quantize_fp8(torch.ones(3, 3, device=DEVICE).int()), TypeError, "x must be float32.*int32"),
+    ("quantize_fp8: ints", lambda: fp8_gemm.quantize_fp8(torch.ones(3, 3, device=DEVICE).int()), TypeError, "x must be float16.*int32"),
     ("quantize_fp8: fp8", lambda: fp8_gemm.quantize_fp8(torch.ones(3, 3, device=DEVICE).to(FP8)), TypeError, "x must be.*float8"),
     ("quantize_fp8: granularity", lambda: fp8_gemm.quantize_fp8(randn(3, 3), "column"), ValueError, "granularity must be.*column"),
     ("quantize_fp8: block2d", lambda: fp8_gemm.quantize_fp8(randn(2, 3, 3), "block2d"), ValueError, r"x must have shape \(M, K\).*2, 3, 3"),
-    ("dequantize_fp8: floats", lambda: fp8_gemm.dequantize_fp8(randn(3), randn(1)), TypeError, "x_fp8 must be float8_e4m3fn.*float32"),
+    ("dequantize_fp8: floats", lambda: fp8_gemm.dequantize_fp8(randn(3), randn(1)), TypeError, "x_fp8 must be a float8_e4m3fn.*float32"),
     ("dequantize_fp8: shape", lambda: fp8_gemm.dequantize_fp8(randn(3, 4).to(FP8), randn(4, 1)), ValueError, r"scale must fit \(3, 4\).*\(4, 1\)"),
     ("FP8Linear: granularity", lambda: fp8_gemm.FP8Linear(4, 4, granularity="block2d"), ValueError, "granularity must be.*block2d"),
     ("FP8Linear: x", lambda: fp8_gemm.FP8Linear(4, 4, device=DEVICE)(randn(2, 5)), ValueError, r"x must have shape \(\.\.\., 4\).*5"),
