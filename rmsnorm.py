@@ -168,7 +168,8 @@ if triton is not None:
         cols = tl.arange(0, BLOCK_N)[None, :]
         piece = tl.arange(0, PIECES)[:, None]
         POLICY: tl.constexpr = "evict_first" if PIECES > 1 else ""
-        KEPT: tl.constexpr = PIECES == 1 and BLOCK_N <= 8192  # longer rows would leave no registers for the weight
+        # Longer rows load the weight anew, which frees registers: 181 us at 8192x12288, with it kept 189
+        KEPT: tl.constexpr = PIECES == 1 and BLOCK_N <= 8192
         if PIECES == 1:
             cols += tl.program_id(0) // programs * BLOCK_N
         if KEPT:
@@ -326,7 +327,7 @@ def _backward_tile(N, small, residual):
     """BLOCK_M, BLOCK_N, pieces, warps. Rows of up to 8192 are held whole, 16-bit ones of up to 16384. Longer ones go in
     blocks of columns, after a kernel for their means; small ones in pieces, read twice: 270 us at 4096x32768 (H200), in
     blocks 322."""
-    if 8192 < N <= 16384 and small:  # 189 us at 8192x12288, with a residual 241; in pieces 270, in blocks 320
+    if 8192 < N <= 16384 and small:  # 181 us at 8192x12288 (in pieces 272), with a residual 119 at 4096 (in blocks 164)
         return 1, 16384, 1, 16
     if 16384 < N <= 32768 and small and not residual and not _OLD_TRITON:  # Triton 3.4 spills 700 bytes
         return 1, 8192, _block(N) // 8192, 16
@@ -369,7 +370,8 @@ class _RMSNorm(torch.autograd.Function):
         blocks = -(-N // (BLOCK_N * pieces))
         programs = min(-(-M // BLOCK_M), max(processors // blocks, 1))
         # Load two tiles ahead, three where N is no full block, if shared memory has room: 71 us at 16384x2560, else 82;
-        # but no rows whole of more than 8192, which leave no registers for it: 189 us at 8192x12288, else 253
+        # but no whole rows of more than 8192, which leave no registers for it: 189 us at 8192x12288 (the weight kept),
+        # one tile ahead 253
         loaded = h, dy, dh, weight if N > 8192 else None
         stage = 8192 * sum(t.element_size() for t in loaded if t is not None)
         stages = 1 if BLOCK_N > 8192 else min(3 + (N < BLOCK_N), max((room - 16384) // stage, 0) + 1)

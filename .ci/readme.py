@@ -163,7 +163,10 @@ def model():
 
 
 def results():
-    rates = {k: f"{k} {v / 1e12:.4g} {'TB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in FORWARD["rates"].items()}
+    rates = "; ".join(
+        ", ".join(f"{k} {v / 1e12:.4g} {'TB/s' if k == 'copy' else 'TFLOP/s'}" for k, v in run.items()) + name.removeprefix("rates")
+        for name, run in FORWARD.items() if name.startswith("rates")
+    )  # fmt: skip
     picture = lambda title, name: ["", f"![{title}](results/{name}.png)"]
     lines = [
         "Kernel time in microseconds from the profiler, the median of calls that take turns, the L2 cache flushed before each; \"of the floor\"",
@@ -171,7 +174,7 @@ def results():
         "the rate does as much of each; - where the launch sets the time), \"x best\" the fastest other provider over ours. All cases and",
         "providers: [forward](results/h200_forward.txt), [backward](results/h200_backward.txt), and the same as JSON, from",
         "which `.ci/readme.py` fills these figures in and draws the pictures.",
-        "", f"**Forward.** {machine(FORWARD)} Measured there: {', '.join(rates.values())}.", "", *cases(FORWARD),
+        "", f"**Forward.** {machine(FORWARD)} Measured there: {rates}.", "", *cases(FORWARD),
         "", f"**Backward.** {machine(BACKWARD)}", "", *cases(BACKWARD),
         "", "**The host's time** of one eager call at one token: at this size it is the whole cost, unless a CUDA graph or",
         "`torch.compile` takes it away.", "", "| call | us | x first of its group |", "| --- | ---: | ---: |",
