@@ -202,8 +202,7 @@ if triton is not None:
         W8A8: tl.constexpr = QUANTIZE or x_scale_ptr is not None
         offs_n, offs_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
-        # each thread's 16 values are summed at once: fewer registers. 20.1 us at (4096, 14336) on an H200, kept apart
-        # 21.3
+        # each thread's 16 values are summed at once: 20.1 us at (4096, 14336), kept apart 21.3 (H200)
         acc = tl.zeros((BLOCK_N, BLOCK_K // 16), tl.int32 if W8A8 else tl.float32)
         if QUANTIZE:
             row = tl.arange(0, ROW)
@@ -218,14 +217,14 @@ if triton is not None:
             if QUANTIZE:
                 x = _nearest(x.to(tl.float32), x_scale, 127)
             if W8A8:
-                y = w.to(tl.int32) * x.to(tl.int32)[None, :]
+                products = w.to(tl.int32) * x.to(tl.int32)[None, :]
             else:
-                y = _widen(w, tl.float32) * x.to(tl.float32)[None, :]
-            acc += tl.sum(tl.reshape(y, (BLOCK_N, BLOCK_K // 16, 16)), 2)
+                products = _widen(w, tl.float32) * x.to(tl.float32)[None, :]
+            acc += tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_K // 16, 16)), 2)
         y = tl.sum(acc, 1).to(tl.float32)
         if QUANTIZE:
             y *= x_scale
-        y = _finish(y, x_scale_ptr, scale_ptr, bias_ptr, tl.program_id(1), offs_n, 1, N)
+        y = _finish(y, x_scale_ptr, scale_ptr, bias_ptr, 0, offs_n, 1, N)
         tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=offs_n < N)
 
     @triton.jit(do_not_specialize=["M"])
@@ -246,8 +245,9 @@ if triton is not None:
         tiles_m = tl.cdiv(M, BLOCK_M + MORE_M)
         m, n = tile % tiles_m * (BLOCK_M + MORE_M), tile // tiles_m * BLOCK_N
         offs_m, offs_n, offs_k = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-        if not PERMUTED:  # rows past the end wrap around: whole vectors, no mask; the store drops them. FEW rows, 4 at
-            # most, would be read four times over, so they have a mask: 23 us at (4096, 14336), M = 4, and not 29
+        if not PERMUTED:
+            # Rows past the end wrap around: whole vectors, no mask; the store drops them. FEW rows (4 at most) would be
+            # read four times over, so they have a mask: 23 us at (4096, 14336), M = 4, and not 29
             w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
             x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if W8A8 else tl.float32)
@@ -267,16 +267,15 @@ if triton is not None:
             elif PERMUTED:
                 w, x = _in_order(_widen(w, x.dtype)), _in_order(x) if PERMUTED == 2 else x
                 # k < K always holds, but makes each step use the sums, so that Triton waits for the tensor cores: 3.6
-                # would overwrite w's registers while they still read them, and results would vary. Two steps in turn,
-                # each with its own registers, gain nothing: ptxas then waits for each product.
+                # would overwrite w's registers while they still read them, and results would vary.
                 if MORE_M:
                     more = tl.where(k < K, tl.dot(w, more_x_ptr.load([m + BLOCK_M, k]).T, more), 0.0)
                 acc = tl.where(k < K, tl.dot(w, x.T, acc), 0.0)
             else:
                 # Sums of BLOCK_K products, then their sum: in float32 a fifth of one long chain's error at K = 4096.
                 # The last argument has no other effect here than to keep Triton from fusing the sum into a chain.
-                w, x = _widen(w, tl.float32 if IEEE else x.dtype), x.to(tl.float32 if IEEE else x.dtype)
-                acc += tl.dot(w, x, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+                dtype: tl.constexpr = tl.float32 if IEEE else x.dtype
+                acc += tl.dot(_widen(w, dtype), x.to(dtype), input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
         y_ptr += part.to(tl.int64) * M * N
         _store_transposed(acc, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, offs_m, offs_n, M, N, SPLIT == 1)
         if MORE_M:
@@ -369,14 +368,14 @@ if gluon is not None:
             for k in range(part * 64, part * 64 + gl.cdiv(K - part * 64, 128 * parts) * 128 * parts, 64 * parts):
                 stage = step % STAGES
                 hopper.mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
-                hopper.mbarrier.expect(full.index(stage), (2 * (BLOCK_M + MORE_M) + 64 * GROUPS) * 64)
+                ready = full.index(stage)
+                hopper.mbarrier.expect(ready, (2 * (BLOCK_M + MORE_M) + 64 * GROUPS) * 64)
                 for group in gl.static_range(GROUPS):
-                    row, w_buf = (n * GROUPS + group) * 64, w_bufs.index(stage * GROUPS + group)
-                    _tma_load(w_desc, [row, k], full.index(stage), w_buf)
-                row, x_buf = m * (BLOCK_M + MORE_M), x_bufs.index(stage)
-                _tma_load(x_desc, [row, k], full.index(stage), x_buf)
+                    _tma_load(w_desc, [(n * GROUPS + group) * 64, k], ready, w_bufs.index(stage * GROUPS + group))
+                row = m * (BLOCK_M + MORE_M)
+                _tma_load(x_desc, [row, k], ready, x_bufs.index(stage))
                 if MORE_M:
-                    _tma_load(more_x_desc, [row + BLOCK_M, k], full.index(stage), more_x_bufs.index(stage))
+                    _tma_load(more_x_desc, [row + BLOCK_M, k], ready, more_x_bufs.index(stage))
                 step += 1
 
     @gluon.jit
@@ -416,7 +415,7 @@ if gluon is not None:
     @gluon.jit
     def _multiply_tiles(
         group, y_desc, scale_ptr, bias_ptr, buffers, sizes, MORE_M: gl.constexpr, HAS_BIAS: gl.constexpr,
-        FINISH: gl.constexpr
+        FINISH: gl.constexpr,
     ):  # fmt: skip
         x_bufs, more_x_bufs, w_bufs, y_bufs, full, empty = buffers
         tiles_m, tiles_n, parts, N, K = sizes
