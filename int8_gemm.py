@@ -618,9 +618,10 @@ def _quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
     q, scale = x.new_empty(M, K, dtype=torch.int8), x.new_empty(M, dtype=torch.float32)
     block_k = _row_block(K)
     block_m = max(1, 2048 // block_k)
-    # us, H200: 27.3 for 8192 x 4096, where a copy of as many bytes takes 25.4; 87 for 8192 x 14336 (the copy rate: 83)
-    # Few long rows want more warps: 32 x 8960, 32 x 27648 2.8, 5.3, with four 3.8, 7.3 (4096 x 8960 43, with four 38)
-    scalars, warps = (x.stride(0), M, K, qmax, bool(K > block_k), block_m, block_k), 8 if K > 4096 and M <= 128 else 4
+    # us (H200): 8192 x 4096 27.3, a copy of as many bytes 25.4. Few long rows want more warps: 32 x 8960 2.8, with four
+    # 3.8 (4096 x 8960 43, with four 38)
+    warps = 8 if K > 4096 and M <= 128 else 4
+    scalars = x.stride(0), M, K, qmax, bool(K > block_k), block_m, block_k
     _enqueue(_quantize_rows_kernel, -(-M // block_m), (x, q, scale), scalars, num_warps=warps)
     return q, scale
 
@@ -659,8 +660,8 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
 
 
 def _cast_rows(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, permuted: int = 0) -> Tensor:
-    """x in dtype. permuted: the columns, and rows of zeros up to a multiple of it; where TMA has to fill them in,
-    300 rows of x take longer than 512."""
+    """x in dtype. permuted: with its columns in _gemm_kernel's order, and rows of zeros up to a multiple of it: where TMA
+    has to fill them in, 300 rows of x take longer than 512."""
     M, K = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty((-(-M // permuted) * permuted, -(-K // 64) * 64) if permuted else (M, K), dtype=dtype)
@@ -704,12 +705,9 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     scale, bias = scale.contiguous(), bias if bias is None else bias.contiguous()
     capability, sms = _gpu(x)
     if M == 1:
-        # us, H200, (4096, 14336), (14336, 4096), (4096, 4096): 19.1, 19.3, 7.9 (bf16 38, 39, 16; to read the weight
-        # takes 17.0, 16.6, 6.6). As many programs as the SMs hold at once, where they can: (16384, 6144), (8192, 8192),
-        # (4096, 11008) 29.7, 20.8, 15.6, by 4 channels and 1024 columns 35.3, 22.2, 17.2
-        row = _row_block(K) if w8a8 and K <= 16384 else 0
-        # W8A8 in one launch, which takes the host 21 us a call (H200), else 37: 19.4, 19.4, 8.4 (by two 19.8, 20.9,
-        # 9.2); (8192, 28672), (3584, 18944), (2560, 9728) 64.9, 21.5, 10.5 (65.8, 22.2, 10.9). (28672, 8192) 70 (67)
+        # As many programs as the SMs hold at once, where they can: (16384, 6144) 29.7 us (H200), by 4 channels and 1024
+        # columns 35.3. (4096, 14336) 19.1, where to read the weight takes 17.0
+        row = _row_block(K) if w8a8 and K <= 16384 else 0  # in one launch: the host's time of a call 21 us, by two 37
         if row and K > 8192:
             block_n, block_k, warps = (8, 2048, 4) if N <= 40 * sms else (8, 1024, 4)
         elif row and N > 72 * sms:
@@ -730,30 +728,29 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         return y
     x, x_scale = _quantize_rows(x) if w8a8 else (x, None)
     rows, ieee = _rule_rows(M), not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
-    # By groups of warps, but where eight parts of K do better: us at (8192, 1024), M = 128, 384: 25, 28, else 18, 33
-    few_channels = N < 2048 and rows <= 256
+    few_channels = N < 2048 and rows <= 256  # eight parts of K do better: us at (8192, 1024), M = 128: 18, by groups 25
     if (
         gluon is not None and capability[0] == 9 and 64 < rows <= max(1536, N // 4) and N % 8 == 0
         and not (w8a8 or ieee or few_channels)
-        and not (_INTERPRET or torch.compiler.is_compiling())  # torch.compile: no Gluon
+        and not (_INTERPRET or torch.compiler.is_compiling())  # they have no Gluon
     ):  # fmt: skip
         _int8_gemm_groups(x, weight, scale, bias, y, sms)
         return y
     memory = capability[0] in (9, 10)  # 227 kB of shared memory on an SM, others 100
     wide, widest = N > 64 * sms, N > 128 * sms  # many channels: the SMs are busy without dividing the work finely
-    # us for W8A16 by _gemm_kernel, and with the weight widened before: M = 512 104, 134 at (4096, 14336) and 109, 138
-    # at (14336, 4096); M = 1024 227, 212 and 209, 189
+    # us at (4096, 14336), W8A16 by _gemm_kernel and with the weight widened before: M = 512 104, 134; M = 1024 227, 212
     many = rows > 64 and -(-rows // 64) * -(-N // 128) > sms if w8a8 else rows > 768 and not ieee
     if memory and many and N * y.element_size() % 16 == 0:
         _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms)
         return y
     few = rows <= 4 and N > 16 * sms
     if rows <= 16 and not (wide or ieee):
-        # us at (14336, 4096), (4096, 4096), M = 16: 24.4, 9.5, unsliced 29.6, 11.5; W8A8 24.4, 10.8, unsliced 32, 11.
-        # Three stages leave room for a third program on an SM: (8192, 8192) 25.9, with four 29.9
-        slices, stages = 2, 2 if not memory else 5 if w8a8 else 4 if N <= 32 * sms else 3
-        if memory and not w8a8 and N <= 16 * sms:  # (8192, 1024), (8960, 1536), (896, 896) 9.0, 11.0, 4.1; in two
-            slices, stages = 4, 3  # slices 11.9, 13.5, 4.3
+        # us at (14336, 4096), M = 16: 24.4, unsliced 29.6. Three stages leave room for a third program on an SM:
+        # (8192, 8192) 25.9, with four 29.9
+        if memory and not w8a8 and N <= 16 * sms:  # (8192, 1024) 9.0, in two slices 11.9
+            slices, stages = 4, 3
+        else:
+            slices, stages = 2, 2 if not memory else 5 if w8a8 else 4 if N <= 32 * sms else 3
         scalars = M, N, K, x.stride(0), weight.stride(0), bool(K % (256 * slices) == 0), few, slices, 16, 16, 256
         tensors = x, weight, x_scale, scale, bias, y
         _enqueue(_sliced_gemm_kernel, -(-N // 16), tensors, scalars, num_warps=slices, num_stages=stages)
@@ -763,11 +760,10 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     more_m, block_n, block_k, warps, stages = 0, 64, 128, 4, 4 if memory else 3
     if ieee:
         block_k, warps, stages = 32, 4 if rows <= 16 else 8, 2
-    elif permuted:  # us at (4096, 14336), M = 64, 128, 256, 512: 27, 37, 57, 105 (bf16 39, 39, 46, 89)
+    elif permuted:  # us at (4096, 14336), M = 64: 27, F.linear 39
         if rows > 128:
             # (BLOCK_M, MORE_M, BLOCK_N, BLOCK_K, stages) and its ns for 10 of K: the least time, that to add parts of K
-            # up included, is taken. It is within 2 % of the best for 45 products, M = 192 to 640; limits for M and N
-            # were up to 37 % off. us at (14336, 4096), M = 192, 300, 640: 50, 88, 164 (bf16 49, 60, 95)
+            # up included, is taken: within 2 % of the best in 45 products, M = 192 to 640
             least, choices = None, (
                 ((128, 0, 64, 128, 3), 35), ((128, 64, 64, 64, 4), 56), ((256, 0, 64, 64, 3), 61),
                 ((128, 0, 128, 64, 4), 62),
@@ -779,7 +775,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
                 time = turns * (K * ns // parts + 10000) + (30000 + parts * rows * N // 75 if parts > 1 else 0)
                 if least is None or time < least:
                     (block_m, more_m, block_n, block_k, stages), least = tile, time
-        elif widest:  # (8192, 28672), M = 32, 64, 128: 77, 84, 122; with 64 channels 83, 97, 128
+        elif widest:  # (8192, 28672), M = 64: 84, with 64 channels 97
             block_n, block_k, warps = 128, 128 if rows <= 64 else 64, 8 if rows <= 32 else 4
         else:
             stages = 6 if rows <= 32 else 5 if rows <= 64 else 3
@@ -789,7 +785,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         block_n, block_k, warps = 128, 64, 8
     elif w8a8:
         stages = 6 if memory else 3
-    elif rows <= 16:  # us at (4096, 14336), (8192, 28672) on an H200: 22.9, 70; F.linear 38, 122; the other tile 24, 86
+    elif rows <= 16:  # us at (8192, 28672): 70, by the other tile 86
         block_n, block_k, warps, stages = (64, 256, 2, 3) if widest and memory else (32, 128, 2, 6)
     elif block_m == 128:
         warps, stages = (4, 3) if memory else (8, 2)
@@ -813,10 +809,9 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
 
 def _parts(tiles: int, M: int, N: int, K: int, w8a8: bool, sms: int) -> int:
     """How many programs share a tile, so that each SM has two; their sums are then added up."""
-    # us at (14336, 4096), M = 32, 64, 128, 256: 27, 29, 40, 67 (bf16 40, 42, 43, 50). In eight parts (8192, 1024), M =
-    # 32, 100, 192: 9.7, 14.3, 18.7, in four 12.8, 18.4, 26.0. In three (13824, 5120), M = 32, 64: 31.6, 33.8, in two
-    # 43.9, 43.6 (W8A8 gains nothing). In four, as three programs of 32 rows fit on an SM, (4096, 6144), M = 32: 14.9,
-    # in two 17.1. W8A8, whole, (2304, 1024), M = 192, 512: 9.3, 10.3, in four 10.2, 12.3
+    # us, M = 32: in eight parts (8192, 1024) 9.7, in four 12.8; in three (13824, 5120) 31.6, in two 43.9 (W8A8 gains
+    # nothing); in four, as three programs of 32 rows fit on an SM, (4096, 6144) 14.9, in two 17.1. W8A8, M = 192, whole
+    # (2304, 1024) 9.3, in four 10.2
     if N > 64 * sms or tiles > sms or (w8a8 and (K < 1024 or M * N > 75 * K)):
         return 1
     if not w8a8 and 4 * tiles <= sms and M <= 192 and K >= 1024 and M * N <= 100 * K:
@@ -852,10 +847,9 @@ def _layout(swizzle: int, bits: int):
 
 def _int8_gemm_groups(x, weight, scale, bias, y, sms):
     """Fills y. x in 16 bits, on Hopper."""
-    # us by this and by the other kernels (H200), (4096, 14336), M = 128, 256, 640, 2048: 32, 48, 114, 320 and 41, 59,
-    # 156, 344 (bf16 39, 46, 104, 305); M = 192, 320 with the 64 more rows 39, 59, without 47, 75 (bf16 40, 58). From
-    # N / 4 rows on, to put x in order takes as long as to widen the weight; up to 1536 this is faster all the
-    # same: (14336, 4096), M = 1100, 1536: 185, 255 and not 271, 271; in 35 products that limit is 1.3 % off the best
+    # us by this and by the other kernels (H200), (4096, 14336), M = 128, 640: 32, 114 and 41, 156; M = 192 with the 64
+    # more rows 39, without 47. From N / 4 rows on, to put x in order takes as long as to widen the weight; up to 1536
+    # this is faster all the same: (14336, 4096), M = 1100: 185 and not 271
     (M, K), N = x.shape, weight.shape[0]
     block_m, more_m, groups, parts = _groups_rule(M, N, K, sms)
     x, weight = _cast_rows(x, x.dtype, permuted=block_m + more_m), _for_tma(weight)
@@ -883,17 +877,18 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
         weight = _cast_rows(weight, x.dtype)
     x, weight = _for_tma(x), _for_tma(weight)
     # BLOCK_M, BLOCK_N, warps, stages, programs on an SM, and the relative time of a round of these. The least total is
-    # the fastest of 167 products (M = 192 to 4096) or within 4 % of it, once 7 %; a choice by the number of tiles was
-    # up to 22 % off. us, W8A8 at (4096, 14336), M = 300, 512, 2048: (128, 128) 54, 56, 175, (64, 128) 47, 61, 203, one
-    # program of (128, 256) 58, 59, 191; 16 bits, M = 2048: 311, 366, 299
-    choices = (64, 128, 4, 4, 2, 60), (128, 128, 8, 3 if y.element_size() == 2 else 2, 2, 100)
-    if x.dtype != torch.int8 and capability[0] == 9:  # sm_100 would spill
-        choices = (64, 128, 4, 4, 1, 22), (128, 128, 4, 6, 1, 32), (128, 256, 8, 4, 1, 58)
-    if _OLD_TRITON and x.dtype != torch.int8:  # Triton 3.4 wants 295 kB of shared memory for 128 x 256
+    # the fastest of 167 products (M = 192 to 4096) or within 4 % of it, once 7 %. us, W8A8 at (4096, 14336), M = 300,
+    # 2048: (64, 128) 47, 203, (128, 128) 54, 175
+    if x.dtype != torch.int8 and _OLD_TRITON:  # Triton 3.4 wants 295 kB of shared memory for 128 x 256
         choices = ((64, 128, 4, 4, 2, 1),)
+    elif x.dtype != torch.int8 and capability[0] == 9:  # sm_100 would spill
+        choices = (64, 128, 4, 4, 1, 22), (128, 128, 4, 6, 1, 32), (128, 256, 8, 4, 1, 58)
+    else:
+        choices = (64, 128, 4, 4, 2, 60), (128, 128, 8, 3 if y.element_size() == 2 else 2, 2, 100)
     least, block_k = None, 128 // x.element_size()
     for choice in choices:
-        time = -(-(-(-_rule_rows(M) // choice[0]) * -(-N // choice[1])) // (choice[4] * sms)) * choice[5]
+        tiles = -(-_rule_rows(M) // choice[0]) * -(-N // choice[1])
+        time = -(-tiles // (choice[4] * sms)) * choice[5]
         if least is None or time < least:
             (block_m, block_n, warps, stages, per_sm, _), least = choice, time
     tensors = (
@@ -919,17 +914,17 @@ def _for_tma(t: Tensor) -> Tensor:
 class _Int8Gemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_int8, scale, bias, quantize_activations):
-        ctx.save_for_backward(*((weight_int8, scale) if ctx.needs_input_grad[0] else (None, None)))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(weight_int8, scale)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _int8_gemm_triton(x, weight_int8, scale, bias, quantize_activations)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        weight_int8, scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dequantize(weight_int8, scale, grad.dtype)
+            grad_x = grad @ dequantize(*ctx.saved_tensors, grad.dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, None, None, grad_bias, None
