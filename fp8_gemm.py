@@ -680,15 +680,15 @@ def _rule_rows(M: int) -> int:
     return 4096
 
 
-def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, widen=None) -> Tensor:
+def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) -> Tensor:
     """a (M, K), b (K, N) in fp8, none empty, on the current device. One row of a may be float and have no scale: it is
-    quantised as it is read. widen: as GPUs without fp8 tensor cores do."""
+    quantised as it is read."""
     (M, K), N = a.shape, b.shape[1]
     y = a.new_empty(M, N, dtype=dtype)
     a, b = a if a.stride(1) == 1 else a.contiguous(), b if b.stride(0) == 1 else b.t().contiguous().t()
     bias = bias if bias is None else bias.contiguous()
     capability, sms = _gpu(a)
-    widen = capability < (8, 9) if widen is None else widen
+    widen = capability < (8, 9)  # no fp8 tensor cores
     quantize = a_scale is None
     strides = (  # a single scale is read by every row: stride 0
         0 if quantize or a_scale.numel() == 1 else a_scale.stride(0),
@@ -699,9 +699,8 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
     if widen:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     if M == 1:
-        # us at 4096 x 14336, 14336 x 4096, 4096 x 4096 (H200): 19.0, 18.2, 7.5 (to read b takes 17.0, 16.6, 6.6); with
-        # the quantisation 19.7, 20.2, 8.4, in a launch of its own 20.3, 20.1, 9.0. With 4 columns of b a program there
-        # would be more programs than the SMs hold at once: 27648 x 5120, 16384 x 6144 40.9, 28.8, so 47.8, 32.7
+        # us at 4096 x 14336 (H200): 19.0, where to read b takes 17.0; with the quantisation 19.7, in a launch of its own
+        # 20.3. No more programs than the SMs hold at once: 16384 x 6144 28.8, with 4 columns of b a program 32.7
         row = 1 << (K - 1).bit_length() if quantize else 0
         many = N > 32 * sms and capability < (12, 0)  # for sm_120 Triton 3.9 would spill 40 bytes of the larger blocks
         if quantize and blocks:
@@ -714,44 +713,36 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
         _enqueue(_gemv_kernel, -(-N // block_n), (a, b, a_scale, b_scale, bias, y), scalars, num_warps=warps)
         return y
     rows = _rule_rows(M)
-    on_hopper = capability[0] == 9 and not widen
+    on_hopper = capability[0] == 9
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
     tiles = _tiles(rows, N, block_m, 64)
     split = _parts(tiles, K, sms) if on_hopper else 1
     if not promote and (K < 7168 or split < (4 if rows <= 64 else 3)):
         split = 1  # fast sums gain less: us at 7168 x 2048, M = 8, 128 8.4, 12.1, whole 9.8, 15.7; 8192 x 8192 25, 24
-    few = tiles <= 2 * sms if promote else split > 1
     if rows > 64 and on_hopper and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
-        groups = 0
-        if gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling()):  # no Gluon there
-            groups = _rule_groups(M, N, y.element_size(), blocks, sms)
-        if groups and blocks and not (a_scale.stride(0) == 1 and _aligned(a_scale.t())):
-            # TMA wants rows innermost, in fours. us at 14336 x 4096, M = 1500: 137 with this copy, else 203
-            a_scale = F.pad(a_scale.t(), (0, -M % 4)).contiguous().t()
-            strides = *a_scale.stride(), *strides[2:]
-        if groups:
-            _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, groups, sms)
-            return y
-        if not few:
+        if gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling()):  # they have no Gluon
+            if groups := _rule_groups(M, N, y.element_size(), blocks, sms):
+                _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, groups, sms)
+                return y
+        if tiles > 2 * sms or not (promote or split > 1):
             _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
             return y
-    ieee = widen and a.is_cuda and torch.version.hip is None and capability < (8, 0)
+    ieee = (0, 0) < capability < (8, 0)  # no 16-bit ones that Triton serves
     if ieee:
         block_m, block_n, block_k, warps, stages = 32 if rows > 16 else 16, 64, 128 if blocks else 32, 4, 2
     elif rows <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
         block_n, block_k, warps = 64, 128, 4
-        stages = 3 if widen or capability[0] not in (9, 10) else 6  # others have 100 kB or less
+        stages = 6 if capability[0] in (9, 10) else 3  # others have 100 kB or less
         if not (widen or promote) and N <= 64 * sms and split == 1:
             block_k = 256  # us, M = 16: 8.4 and not 10.1 at 4096 x 4096
         elif stages == 6 and rows <= 32 and not 128 * sms < N <= 192 * sms and split == 1:
             stages = 8  # us, M = 8, promoted: 44 and not 50 at 5120 x 27648; there 3 programs with 6 fit: all at once
-    elif on_hopper and few and split > 1:
+    elif split > 1:
         block_n, block_k, warps, stages = 64, 128, 4, 4
     elif on_hopper and promote:
-        # Small tiles give work to each SM. us, block scales, M = 100: 42 and not the 82 of 128 x 128 at 14336 x 4096,
-        # 26 and not 35 at 4096 x 14336, 15 and not 25 at 4096 x 4096; M = 512 at 14336 x 4096: 65 and not 81
-        block_m, block_n, block_k, warps = 64 if _tiles(rows, N, 64, 64) <= sms else 128, 64, 128, 4
-        stages = 6 if _tiles(rows, N, block_m, 64) <= sms else 4
+        # Small tiles give work to each SM. us, block scales, at 14336 x 4096, M = 100, 512: 42, 65, by 128 x 128 82, 81
+        block_m, stages = (64, 6) if _tiles(rows, N, 64, 64) <= sms else (128, 6 if tiles <= sms else 4)
+        block_n, block_k, warps = 64, 128, 4
     else:
         block_m, block_n, block_k, warps, stages = (64, 64, 128, 8, 2) if blocks else (128, 128, 64, 8, 3)
     scalars = (
@@ -768,36 +759,33 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks, wi
 
 def _parts(tiles: int, K: int, sms: int) -> int:
     """How many programs share a tile of few rows, so that each SM has two; their sums are then added up."""
-    # us, block scales, M = 16, 64, 128, 256: 22.9, 26.8, 30.2, 40.7 at 14336 x 4096, 9.0, 10.6, 12.7, 16.4 at 7168 x
-    # 2048; whole 29.0, 41.2, 42.1, 49.4 and 14.1, 21.8, 21.9, 22.3 (_scaled_mm 26, 42, 42, 43 and 15, 22, 22, 22)
+    # us, block scales, 14336 x 4096, M = 16, 64: 22.9, 26.8, whole 29.0, 41.2; 7168 x 2048 9.0, 10.6, whole 14.1, 21.8
     for parts in (6, 4, 3, 2):
         if parts * tiles <= 2 * sms and K >= parts * max(1400, 36 * tiles if parts == 2 else 0):
             return parts
     return 1
 
 
-def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, tile=None) -> None:
-    """The kernel over TMA descriptors. tile: BLOCK_M, BLOCK_N, warps, stages, programs an SM."""
-    M, N, K = a.shape[0], w.shape[0], a.shape[1]
-    if tile is None and promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
-        tile = (128, 128, 4, 3, 2)
-    elif tile is None:
+def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms) -> None:
+    (M, K), N = a.shape, w.shape[0]
+    if promote:  # two programs on an SM: one adds its sums up while the tensor cores serve the other
+        block_m, block_n, warps, stages, per_sm = 128, 128, 4, 3, 2
+    else:
         # The tile whose rounds take least: each so many ns for 128 of K and at its end (H200). us against those of one
-        # fixed rule: M = 256 at 3584 x 18944 37, 46; M = 512 at 14336 x 4096 42, 49; M = 1000 at 4096 x 14336 87, 93
-        least = None
-        for t, step, end in (
-            ((128, 256, 8, 3 if y.element_size() == 4 else 4, 1), 670, 2200),
-            ((128, 128, 4, 6, 1), 350, 1300),
-            ((64, 128, 4, 7, 1), 250, 1200),
+        # fixed rule: M = 256 at 3584 x 18944 37, 46; M = 512 at 14336 x 4096 42, 49
+        least, per_sm = None, 1
+        for tile, step, end in (
+            ((128, 256, 8, 3 if y.element_size() == 4 else 4), 670, 2200),
+            ((128, 128, 4, 6), 350, 1300),
+            ((64, 128, 4, 7), 250, 1200),
         ):
-            time = -(-_tiles(_rule_rows(M), N, *t[:2]) // sms) * (-(-K // 128) * step + end)
+            time = -(-_tiles(_rule_rows(M), N, *tile[:2]) // sms) * (-(-K // 128) * step + end)
             if least is None or time < least:
-                tile, least = t, time
-    block_m, block_n, warps, stages, per_sm = tile
+                (block_m, block_n, warps, stages), least = tile, time
     half = block_m // 2 if promote else block_m
-    # block scales: a program a tile, 2 % faster than a fixed number of programs
     programs = _tiles(M, N, block_m, block_n)
-    programs = programs if blocks else min(per_sm * sms, programs)
+    if not blocks:  # theirs, of one tile each, are 2 % faster
+        programs = min(per_sm * sms, programs)
     tensors = (
         TensorDescriptor.from_tensor(a, [half, 128]),
         TensorDescriptor.from_tensor(w, [block_n, 128]),
@@ -810,10 +798,8 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms, 
 
 def _rule_groups(M: int, N: int, out_bytes: int, blocks: bool, sms: int) -> int:
     """How many groups of warps share a tile of a promoted product, 64 rows of 128 columns each; 0: other kernels."""
-    # M = 256, 384, 1024, 2048, 8192 at 4096 x 14336: 1.01, 1.08, 0.96, 0.98, 1.02 of _scaled_mm's speed, by
-    # _gemm_tma_kernel 0.88, 0.78, 0.82, 0.92, 0.90 (H200); at 8192 x 8192 1.02, 1.28, 0.97, 0.95, 1.00 and 0.83 to
-    # 0.88. Blocks, M = 128, 1024, 2048, 8192: 0.95, 0.92, 0.99, 1.03 and 0.89, 0.81, 0.91, 0.90; M = 8192 at
-    # 8192 x 8192 1.05 and 0.88
+    # At 4096 x 14336, M = 384, 8192: 1.08, 1.02 of _scaled_mm's speed, by _gemm_tma_kernel 0.78, 0.90 (H200). Blocks,
+    # M = 128, 8192: 0.95, 1.03 and 0.89, 0.90
     two, three = (_tiles(M, N, 64 * groups, 128) for groups in (2, 3))
     if 2 * two <= sms:
         return 0
@@ -836,6 +822,9 @@ def _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, groups, sms
     (M, K), N = a.shape, w.shape[0]
     stage = (64 * groups + 128) * 128 + (256 * groups if blocks else 0)
     stages = (232000 - 64 * 64 * groups * y.element_size()) // stage  # what shared memory holds
+    if blocks and not (a_scale.stride(0) == 1 and _aligned(a_scale.t())):
+        # TMA wants rows innermost, in fours. us at 14336 x 4096, M = 1500: 137 with this copy, by other kernels 203
+        a_scale = F.pad(a_scale.t(), (0, -M % 4)).contiguous().t()
     tensors = (
         GluonDescriptor.from_tensor(a, [64, 128], _layout(8)),
         GluonDescriptor.from_tensor(w, [128, 128], _layout(8)),
@@ -843,7 +832,8 @@ def _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, groups, sms
         GluonDescriptor.from_tensor(a_scale.t(), [1, 64], _layout(32, 0)) if blocks else a_scale,
         b_scale, b_scale if bias is None else bias,
     )  # fmt: skip
-    scalars = M, N, K, strides[0], strides[2], strides[3], blocks, bias is not None, groups, stages
+    stride_asm = 1 if blocks else strides[0]
+    scalars = M, N, K, stride_asm, strides[2], strides[3], blocks, bias is not None, groups, stages
     _enqueue(_gemm_groups_kernel, min(sms, _tiles(M, N, 64 * groups, 128)), tensors, scalars, num_warps=4)
 
 
