@@ -613,7 +613,8 @@ def _quantize_fp8_triton(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
         # us at 8192 x 4096: 26.4, the copy rate allows 23.6; at 8192 x 14336 90, in shorter steps 104 and more (H200)
         block_k = min(1 << (K - 1).bit_length(), 16384)
         block_m = max(1, 2048 // block_k)
-        scalars, warps = (rows.stride(0), M, K, block_m, block_k), block_k * block_m // 1024
+        scalars = rows.stride(0), M, K, block_m, block_k
+        warps = block_k * block_m // 1024
         _enqueue(_quantize_rows_kernel, -(-M // block_m), (rows, q, scale), scalars, num_warps=warps)
     else:
         square = granularity == "block2d"
@@ -718,7 +719,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) ->
     tiles = _tiles(rows, N, block_m, 64)
     split = _parts(tiles, K, sms) if on_hopper else 1
     if not promote and (K < 7168 or split < (4 if rows <= 64 else 3)):
-        split = 1  # fast sums gain less: us at 7168 x 2048, M = 8, 128 8.4, 12.1, whole 9.8, 15.7; 8192 x 8192 25, 24
+        split = 1  # fast sums gain less: us at 7168 x 2048, M = 8: 8.4, whole 9.8; at 8192 x 8192 25, whole 24
     if rows > 64 and on_hopper and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
         if gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling()):  # they have no Gluon
             if groups := _rule_groups(M, N, y.element_size(), blocks, sms):
@@ -732,7 +733,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) ->
         block_m, block_n, block_k, warps, stages = 32 if rows > 16 else 16, 64, 128 if blocks else 32, 4, 2
     elif rows <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
         block_n, block_k, warps = 64, 128, 4
-        stages = 6 if capability[0] in (9, 10) else 3  # others have 100 kB or less
+        stages = 6 if capability[0] in (9, 10) else 3  # most others have 100 kB or less
         if not (widen or promote) and N <= 64 * sms and split == 1:
             block_k = 256  # us, M = 16: 8.4 and not 10.1 at 4096 x 4096
         elif stages == 6 and rows <= 32 and not 128 * sms < N <= 192 * sms and split == 1:
@@ -958,7 +959,7 @@ def _count_step(optimizer, args, kwargs):
 
 
 class _Cache(tuple):
-    """Turns None when copied or pickled."""
+    """Turns None when copied (nn.utils.parametrize copies the whole __dict__) or pickled."""
 
     def __reduce__(self):
         return type(None), ()

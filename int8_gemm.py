@@ -736,7 +736,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     ):  # fmt: skip
         _int8_gemm_groups(x, weight, scale, bias, y, sms)
         return y
-    memory = capability[0] in (9, 10)  # 227 kB of shared memory on an SM, others 100
+    memory = capability[0] in (9, 10)  # 227 kB of shared memory on an SM, most others 100
     wide, widest = N > 64 * sms, N > 128 * sms  # many channels: the SMs are busy without dividing the work finely
     # us at (4096, 14336), W8A16 by _gemm_kernel and with the weight widened before: M = 512 104, 134; M = 1024 227, 212
     many = rows > 64 and -(-rows // 64) * -(-N // 128) > sms if w8a8 else rows > 768 and not ieee
@@ -905,7 +905,7 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
 def _for_tma(t: Tensor) -> Tensor:
     """t, or a copy if its rows do not start at multiples of 16 bytes (traced: unless contiguous)."""
     start = not t.is_contiguous() if torch.compiler.is_compiling() else t.data_ptr() % 16
-    each = 16 if _INTERPRET else 16 // t.element_size()  # old interpreters count elements
+    each = 16 if _INTERPRET else 16 // t.element_size()  # that of Triton 3.4 counts elements
     if not start and t.stride(0) % each == 0 and t.stride(0) > 0:
         return t
     return t.new_empty(t.shape[0], -(-t.shape[1] // each) * each)[:, : t.shape[1]].copy_(t)
