@@ -700,8 +700,8 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) ->
     if widen:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     if M == 1:
-        # us at 4096 x 14336 (H200): 19.0, where to read b takes 17.0; with the quantisation 19.7, in a launch of its own
-        # 20.3. No more programs than the SMs hold at once: 16384 x 6144 28.8, with 4 columns of b a program 32.7
+        # us at 4096 x 14336 (H200): 19.0, where to read b takes 17.0; with the quantisation 19.7, in two launches 20.3.
+        # No more programs than the SMs hold at once: 16384 x 6144 28.8, with 4 columns of b a program 32.7
         row = 1 << (K - 1).bit_length() if quantize else 0
         many = N > 32 * sms and capability < (12, 0)  # for sm_120 Triton 3.9 would spill 40 bytes of the larger blocks
         if quantize and blocks:
@@ -721,7 +721,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) ->
     if not promote and (K < 7168 or split < (4 if rows <= 64 else 3)):
         split = 1  # fast sums gain less: us at 7168 x 2048, M = 8: 8.4, whole 9.8; at 8192 x 8192 25, whole 24
     if rows > 64 and on_hopper and _aligned(a) and _aligned(w := b.t()) and N * y.element_size() % 16 == 0:
-        if gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling()):  # they have no Gluon
+        if gluon is not None and promote and not (_INTERPRET or torch.compiler.is_compiling()):  # no Gluon there
             if groups := _rule_groups(M, N, y.element_size(), blocks, sms):
                 _launch_groups(a, w, y, a_scale, b_scale, bias, strides, blocks, groups, sms)
                 return y
@@ -774,13 +774,13 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms) 
     else:
         # The tile whose rounds take least: each so many ns for 128 of K and at its end (H200). us against those of one
         # fixed rule: M = 256 at 3584 x 18944 37, 46; M = 512 at 14336 x 4096 42, 49
-        least, per_sm = None, 1
+        rows, per_sm, least = _rule_rows(M), 1, None
         for tile, step, end in (
             ((128, 256, 8, 3 if y.element_size() == 4 else 4), 670, 2200),
             ((128, 128, 4, 6), 350, 1300),
             ((64, 128, 4, 7), 250, 1200),
         ):
-            time = -(-_tiles(_rule_rows(M), N, *tile[:2]) // sms) * (-(-K // 128) * step + end)
+            time = -(-_tiles(rows, N, *tile[:2]) // sms) * (-(-K // 128) * step + end)
             if least is None or time < least:
                 (block_m, block_n, warps, stages), least = tile, time
     half = block_m // 2 if promote else block_m

@@ -660,8 +660,8 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
 
 
 def _cast_rows(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, permuted: int = 0) -> Tensor:
-    """x in dtype. permuted: with its columns in _gemm_kernel's order, and rows of zeros up to a multiple of it: where TMA
-    has to fill them in, 300 rows of x take longer than 512."""
+    """x in dtype. permuted: with its columns in _gemm_kernel's order, and rows of zeros up to a multiple of it: where
+    TMA has to fill them in, 300 rows of x take longer than 512."""
     M, K = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty((-(-M // permuted) * permuted, -(-K // 64) * 64) if permuted else (M, K), dtype=dtype)
@@ -732,7 +732,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     if (
         gluon is not None and capability[0] == 9 and 64 < rows <= max(1536, N // 4) and N % 8 == 0
         and not (w8a8 or ieee or few_channels)
-        and not (_INTERPRET or torch.compiler.is_compiling())  # they have no Gluon
+        and not (_INTERPRET or torch.compiler.is_compiling())  # no Gluon there
     ):  # fmt: skip
         _int8_gemm_groups(x, weight, scale, bias, y, sms)
         return y
@@ -885,9 +885,9 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
         choices = (64, 128, 4, 4, 1, 22), (128, 128, 4, 6, 1, 32), (128, 256, 8, 4, 1, 58)
     else:
         choices = (64, 128, 4, 4, 2, 60), (128, 128, 8, 3 if y.element_size() == 2 else 2, 2, 100)
-    least, block_k = None, 128 // x.element_size()
+    rows, block_k, least = _rule_rows(M), 128 // x.element_size(), None
     for choice in choices:
-        tiles = -(-_rule_rows(M) // choice[0]) * -(-N // choice[1])
+        tiles = -(-rows // choice[0]) * -(-N // choice[1])
         time = -(-tiles // (choice[4] * sms)) * choice[5]
         if least is None or time < least:
             (block_m, block_n, warps, stages, per_sm, _), least = choice, time
@@ -905,7 +905,7 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
 def _for_tma(t: Tensor) -> Tensor:
     """t, or a copy if its rows do not start at multiples of 16 bytes (traced: unless contiguous)."""
     start = not t.is_contiguous() if torch.compiler.is_compiling() else t.data_ptr() % 16
-    each = 16 if _INTERPRET else 16 // t.element_size()  # that of Triton 3.4 counts elements
+    each = 16 if _INTERPRET else 16 // t.element_size()  # Triton 3.4's interpreter counts elements
     if not start and t.stride(0) % each == 0 and t.stride(0) > 0:
         return t
     return t.new_empty(t.shape[0], -(-t.shape[1] // each) * each)[:, : t.shape[1]].copy_(t)
