@@ -879,7 +879,7 @@ def _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms):
     # BLOCK_M, BLOCK_N, warps, stages, programs on an SM, and the relative time of a round of these. The least total is
     # the fastest of 167 products (M = 192 to 4096) or within 4 % of it, once 7 %. us, W8A8 at (4096, 14336), M = 300,
     # 2048: (64, 128) 47, 203, (128, 128) 54, 175
-    if x.dtype != torch.int8 and _OLD_TRITON:  # Triton 3.4 wants 295 kB of shared memory for 128 x 256
+    if x.dtype != torch.int8 and _OLD_TRITON:  # 3.4 wants 295 kB for 128 x 256, on sm_100 246 for 128 x 128
         choices = ((64, 128, 4, 4, 2, 1),)
     elif x.dtype != torch.int8 and capability[0] == 9:  # sm_100 would spill
         choices = (64, 128, 4, 4, 1, 22), (128, 128, 4, 6, 1, 32), (128, 256, 8, 4, 1, 58)
