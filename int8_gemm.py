@@ -1007,6 +1007,7 @@ class Int8Linear(nn.Module):
     @torch.no_grad()
     def quantize_weights(self, weight: Tensor) -> None:
         """Fills the buffers from a float weight (out_features, in_features)."""
+        _check_float("weight", weight)
         if weight.shape != self.weight_int8.shape:
             raise ValueError(f"weight must have shape {tuple(self.weight_int8.shape)}, got {tuple(weight.shape)}")
         if weight.is_meta != self.weight_int8.is_meta:
@@ -1065,11 +1066,13 @@ def quantize_model(
     Linear that torch.compile wraps by itself is left alone, too. A Linear whose weight its parent reads itself (those
     of nn.TransformerEncoderLayer) wants to be in `skip`. Hooks of a swapped module are not taken over.
     """
-    if isinstance(skip, str):
-        raise TypeError(f"skip must be a sequence of names, got the string {skip!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    skip = skip if isinstance(skip, str) else set(skip or ())
+    if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
+        raise TypeError(f"skip must be a sequence of names, got {skip!r}")
     if type(getattr(model, "_orig_mod", model)) is nn.Linear:
         raise ValueError("model must hold its nn.Linear modules, got one itself: use QuantizedLinear.from_linear")
-    skip = set(skip or ())
     owners: dict[tuple, set[int]] = {}  # where a tensor's memory starts -> the modules that hold it
 
     def memory(p):

@@ -3658,6 +3658,9 @@ ERRORS += [
     ("Int8Linear: meta weight", lambda: int8_gemm.Int8Linear(4, 3, device=DEVICE).quantize_weights(torch.ones(3, 4, device="meta")), ValueError, "weight must be on.*meta"),
     ("Int8Linear: on meta", lambda: int8_gemm.Int8Linear(4, 3, device="meta").quantize_weights(randn(3, 4)), ValueError, "weight must be on meta"),
     ("Int8Linear: weight shape", lambda: int8_gemm.Int8Linear(4, 3, device=DEVICE).quantize_weights(randn(4, 3)), ValueError, r"weight must have shape \(3, 4\).*4, 3"),
+    ("Int8Linear: list", lambda: int8_gemm.Int8Linear(4, 3, device=DEVICE).quantize_weights([1.0]), TypeError, "weight must be a tensor, got list"),
+    ("quantize_model: int", lambda: int8_gemm.quantize_model(3), TypeError, "model must be an nn.Module, got int"),
+    ("quantize_model: skip", lambda: int8_gemm.quantize_model(nn.Sequential(nn.Linear(4, 4)), [nn.Linear]), TypeError, "skip must be a sequence of names, got .*Linear"),
     ("quantize_model: str", lambda: int8_gemm.quantize_model(nn.Sequential(nn.Linear(4, 4)), "lm_head"), TypeError, "skip must be a sequence.*lm_head"),
     ("quantize_model: Linear", lambda: int8_gemm.quantize_model(nn.Linear(4, 4)), ValueError, "from_linear"),
 ]  # fmt: skip
