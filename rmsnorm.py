@@ -299,24 +299,21 @@ def _forward(x, residual, weight, eps, offset, casting, keep_h, keep_rstd):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of new_empty
     h = torch.empty_like(residual, memory_format=torch.contiguous_format) if keep_h else None
     rstd = x.new_empty(M, dtype=torch.float32) if keep_rstd else None
-    # Rows of up to 8192 columns in one block, longer ones in halves or quarters of their power of two; in us on an H200
-    # 40.2 at 16384x2560 (eight warps 45.4), 130 at 4096x32768 (in quarters 136), 291 at 16384x18944 (in halves 325),
-    # 2.5 at 4x12288, with a residual 3.6 at 32x12288 and 233 at 10000x12288 (in quarters 2.9, 4.6, 245). By 32 warps
-    # 133 at 2730x49152, 134 at 2048x65536, 172 at 883x151936 (by 16: 168, 149, 225); unrolled, where all blocks are
-    # full, 141 at 1024x131072 (149)
+    # Rows of up to 8192 columns in one block, longer ones in halves of their power of two, 130 us at 4096x32768 (H200;
+    # in quarters 136), or in quarters where they fill less than 3/4 of it, 291 us at 16384x18944 (in halves 325)
     BLOCK_N = _block(N)
     if N > 8192:
         widest = 65536 // x.element_size() // (1 if residual is None else 2)
         BLOCK_N = min(BLOCK_N // (2 if N >= BLOCK_N // 4 * 3 else 4), widest)
-    # Rows that leave much of their block empty want few warps: 73 us at 65536x1152, by four 85; 97 and 99 at 65536x1536
+    # Rows that leave much of their block empty want few warps: 73 us at 65536x1152, by four 85
     num_warps = 2 if 512 < N < 2048 and N != 1024 else 4 if N <= 3072 else 8 if N <= 6144 else 16
     unroll = 1
     if N > 32768 and residual is None and torch.version.hip is None:  # 32 of AMD's warps would be too many threads
+        # 133 us at 2730x49152, by 16 warps 168; unrolled, where all blocks are full, 141 at 1024x131072, else 149
         num_warps, unroll = 32, N // BLOCK_N - 1 if N % BLOCK_N == 0 and N <= 8 * BLOCK_N else 1
     BLOCK_M = max(2048 // BLOCK_N, 1)
-    # Many rows of 3073 to 8192 columns are read twice, too, with the same bits: 250 us at 65536x4096 (once: 260), 126
-    # at 32768x4096 (130). Few rows are not: 2.3 at 8x8192 (2.1), with a residual 18.2 at 2048x4096 (17.0). Between,
-    # once is less steady: 9.2 to 11.3 at 2048x4096 (twice: 9.9 to 10.9), 17.5 to 20.3 at 4096x4096 (17.9 to 18.1)
+    # Many rows of 3073 to 8192 columns are read twice, too, with the same bits: 250 us at 65536x4096, once 260. Few
+    # are not: with a residual 17.0 us at 2048x4096, twice 18.2
     again = 3072 < N <= 8192 and M >= (512 if residual is None else 4096)
     scalars = _stride(x), _stride(residual), M, eps, offset, N, casting == "llama", again, BLOCK_M, BLOCK_N, unroll
     _enqueue(_rmsnorm_fwd_kernel, -(-M // BLOCK_M), (x, residual, weight, y, h, rstd), scalars, num_warps=num_warps)
@@ -370,8 +367,7 @@ class _RMSNorm(torch.autograd.Function):
         blocks = -(-N // (BLOCK_N * pieces))
         programs = min(-(-M // BLOCK_M), max(processors // blocks, 1))
         # Load two tiles ahead, three where N is no full block, if shared memory has room: 71 us at 16384x2560, else 82;
-        # but no whole rows of more than 8192, which leave no registers for it: 189 us at 8192x12288 (the weight kept),
-        # one tile ahead 253
+        # but no whole rows of more than 8192, which leave no registers for it: a third more time at 8192x12288
         loaded = h, dy, dh, weight if N > 8192 else None
         stage = 8192 * sum(t.element_size() for t in loaded if t is not None)
         stages = 1 if BLOCK_N > 8192 else min(3 + (N < BLOCK_N), max((room - 16384) // stage, 0) + 1)
@@ -384,8 +380,8 @@ class _RMSNorm(torch.autograd.Function):
         scalars = _stride(h), _stride(dy), _stride(dh), M, N, programs, offset, llama, BLOCK_M, BLOCK_N, pieces, stages
         tensors = h, weight, rstd, mean, dy, dh, dx, dres, dw
         _enqueue(_rmsnorm_bwd_kernel, programs * blocks, tensors, scalars, num_warps=num_warps)
-        dres = dx if need_residual and shared else dres
-        return dx if need_x else None, dres, _sum_rows(dw, weight.dtype) if need_w else None, None, None, None
+        dw = _sum_rows(dw, weight.dtype) if need_w else None
+        return dx if need_x else None, dx if need_residual and shared else dres, dw, None, None, None
 
 
 def _dispatch(x, residual, weight, eps, offset, casting, keep_h):
