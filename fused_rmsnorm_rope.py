@@ -68,19 +68,29 @@ def fused_qk_norm_rope_torch(
     return tuple(t.unflatten(-1, (-1, D)) for t in (q, k, v))
 
 
-def _index(n, name, optional=False):
+def _count(n, name):
     """n; NumPy's integers as int."""
-    if isinstance(n, (int, torch.SymInt)) or (optional and n is None):
-        return n
-    if not hasattr(n, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {n!r}")
-    return operator.index(n)
+    if not isinstance(n, (int, torch.SymInt)):
+        if not hasattr(n, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {n!r}")
+        n = operator.index(n)
+    if n < 1:
+        raise ValueError(f"{name} must be positive, got {n}")
+    return n
 
 
 def _check_tensors(**tensors):
+    like, floats = None, (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for name, t in tensors.items():
-        if not isinstance(t, Tensor) and (t is not None or name != "position_ids"):
+        if t is None and name == "position_ids":
+            continue
+        if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.dtype not in floats and name != "position_ids":
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        like = like or (name, t.device)
+        if t.device != like[1]:
+            raise ValueError(f"{name} must be on {like[0]}'s device {like[1]}, got {t.device}")
 
 
 def _head_dim(x, weight, cos, num_heads):
@@ -189,21 +199,20 @@ if triton is not None:
                 x0, x1 = _load_pairs(x_row + heads * D, mask & (heads < H), D, HALF, INTERLEAVED, "")
                 w0, w1 = _load_weights(w_ptr, heads, H, offset, D, HALF, INTERLEAVED, WHOLE)
                 squares = tl.fma(x0, x0, x1 * x1)
-                if WHOLE:  # of a long row the first heads stay in registers, the others are read again, from L1
-                    for start in range(BLOCK_H, H, BLOCK_H):
-                        at = start + heads
-                        a0, a1 = _load_pairs(x_row + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_last")
-                        squares = tl.fma(a0, a0, tl.fma(a1, a1, squares))
+                # Of a long row (WHOLE) the first heads stay in registers, the others are read again, from L1
+                for start in range(BLOCK_H, H if WHOLE else 0, BLOCK_H):
+                    at = start + heads
+                    a0, a1 = _load_pairs(x_row + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_last")
+                    squares = tl.fma(a0, a0, tl.fma(a1, a1, squares))
                 rstd = tl.rsqrt(_sum(squares, WHOLE) / (H * D if WHOLE else D) + tl.cast(eps, tl.float32))
                 y0, y1 = _turn(x0 * rstd * w0, x1 * rstd * w1, cos, sin)
                 _store_pairs(y_row + heads * D, y0, y1, mask & (heads < H), D, HALF, INTERLEAVED)
-                if WHOLE:
-                    for start in range(BLOCK_H, H, BLOCK_H):
-                        at = start + heads
-                        x0, x1 = _load_pairs(x_row + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_first")
-                        w0, w1 = _load_weights(w_ptr, at, H, offset, D, HALF, INTERLEAVED, WHOLE)
-                        y0, y1 = _turn(x0 * rstd * w0, x1 * rstd * w1, cos, sin)
-                        _store_pairs(y_row + at * D, y0, y1, mask & (at < H), D, HALF, INTERLEAVED)
+                for start in range(BLOCK_H, H if WHOLE else 0, BLOCK_H):
+                    at = start + heads
+                    x0, x1 = _load_pairs(x_row + at * D, mask & (at < H), D, HALF, INTERLEAVED, "evict_first")
+                    w0, w1 = _load_weights(w_ptr, at, H, offset, D, HALF, INTERLEAVED, WHOLE)
+                    y0, y1 = _turn(x0 * rstd * w0, x1 * rstd * w1, cos, sin)
+                    _store_pairs(y_row + at * D, y0, y1, mask & (at < H), D, HALF, INTERLEAVED)
 
     # dx and the partial sums dw (programs_q + programs_k, D or H * D) may be None where nothing asks for them
     @triton.jit(do_not_specialize=["tokens", "S", "rows", "stride_pb", "programs_q", "programs_k"])
@@ -243,9 +252,8 @@ if triton is not None:
             # Heads of up to 128 share one row of weights: 148 us at 16384 tokens of 32 and 8, with a row each 157. For
             # longer ones a row each is better: 112 us with 8 and 4 heads of 256, sharing one 144 (larger tiles)
             one = tl.arange(0, 1)[None, :, None]
-            w0, w1 = _load_weights(
-                w_ptr, heads if WHOLE or HALF > 64 else one, H, offset, D, HALF, INTERLEAVED, WHOLE
-            )
+            of = heads if WHOLE or HALF > 64 else one
+            w0, w1 = _load_weights(w_ptr, of, H, offset, D, HALF, INTERLEAVED, WHOLE)
             for tile in tl.range(first, tl.cdiv(tokens, BLOCK_T) * blocks, programs, num_stages=STAGES):
                 token, mask, x_at = _tokens(tile // blocks * BLOCK_T, tokens, S, stride_xb, stride_xs, BLOCK_T)
                 cos, sin = _load_tables(
@@ -348,12 +356,11 @@ def _forward_tile(H, D, HALF, whole):
     if not whole:  # one warp needs no barrier: 68.7 us at 16384 tokens of 32 x 128 (H200), four with 32 heads 70.5
         rows = max(512 // HALF, min(8, 4096 // HALF), 1)
         BLOCK_H = min(1 << (H - 1).bit_length(), rows)
-        # one token where heads are long: 8.9 us at 4096 tokens of 4 x 256, with two 10.4; two warps for 8 x 256: 1.7 us
-        # at 8 tokens, 6.4 at 2048, 36.6 at 16384, one warp 2.5, 7.4, 37.6
+        # one token where heads are long: 8.9 us at 4096 tokens of 4 x 256, with two 10.4
         BLOCK_T = rows // BLOCK_H if HALF <= 64 else 1
         return BLOCK_T, BLOCK_H, min(max(BLOCK_T * BLOCK_H * HALF // 512, 1), 16)
-    # whole: half a row at a time, 2048 columns at most: 69.1 us at 16384 tokens of 32 x 128, interleaved, 9.8 at 2048,
-    # all of it at once 72.5 and 10.6. Fewer warps where D is no power of 2: 51.7 us at 32 x 80, else 57.0
+    # Half a row at a time, 2048 columns at most: 69.1 us at 16384 tokens of 32 x 128, interleaved, all of it at once
+    # 72.5. Fewer warps where D is no power of 2: 51.7 us at 32 x 80, else 57.0
     BLOCK_H = max(min((1 << H.bit_length()) >> 2, 1024 // HALF), 1)
     return 1, BLOCK_H, min(max(BLOCK_H * HALF // (256 if D == 2 * HALF else 512), 1), 16)
 
@@ -365,7 +372,7 @@ def _backward_tile(H, Hk, HALF, whole):
         num_warps = min(max(heads * HALF // 256, 1), 8 if heads * HALF <= 4096 else 16)
         return 1, heads, num_warps, max(4096 // (heads * HALF), 1)
     # No more heads than k has: 43 us at 16384 tokens of 8 and 1 heads of 128, in fours 73. Long heads in smaller tiles:
-    # 106, 138, 61 us with 8 and 4, 16 and 2, 4 and 1 heads of 256; four times as large, by four warps, 114, 201, 106
+    # 138 us with 16 and 2 heads of 256; four times as large, by four warps, 201
     BLOCK_H = min(1 << ((Hk or H) - 1).bit_length(), 8 if HALF <= 64 else 4)
     pairs, num_warps, programs = (2048, 4, 2) if HALF <= 64 else (512, 2, 6)
     return max(pairs // (BLOCK_H * HALF), 1), BLOCK_H, num_warps, programs
@@ -439,10 +446,8 @@ class _NormRoPE(torch.autograd.Function):
         )  # fmt: skip
         dw = x.new_empty(programs_q + programs_k, N, dtype=torch.float32) if need_q or need_k else None
         *strides, rows = _strides(x, cos, position_ids)
-        scalars = (
-            *strides, programs_q, programs_k, B * S, S, rows, Hq, Hk, eps, offset, D, HALF, whole, interleaved, BLOCK_T,
-            BLOCK_H, stages
-        )  # fmt: skip
+        sizes = programs_q, programs_k, B * S, S, rows, Hq, Hk
+        scalars = *strides, *sizes, eps, offset, D, HALF, whole, interleaved, BLOCK_T, BLOCK_H, stages
         tensors = x, dq, dk, dv if need_x else None, dx, q_weight, k_weight, dw, cos, sin, position_ids
         _enqueue(_norm_rope_bwd_kernel, programs_q + programs_k + programs_v, tensors, scalars, num_warps=num_warps)
         dq_weight = _sum_rows(dw[:programs_q], q_weight.dtype) if need_q else None
@@ -451,15 +456,7 @@ class _NormRoPE(torch.autograd.Function):
 
 
 def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, offset, interleaved):
-    """Both functions, k_weight None and Hk 0 for one tensor: checks, then the kernel where it serves, else the twin."""
-    name = "x" if k_weight is None else "qkv"
-    weights = {"weight": q_weight} if k_weight is None else {"q_weight": q_weight, "k_weight": k_weight}
-    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    for n, t in {name: x, **weights, "cos": cos, "sin": sin, "position_ids": position_ids}.items():
-        if t is not None and n != "position_ids" and t.dtype not in floats:
-            raise TypeError(f"{n} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{n} must be on {name}'s device {x.device}, got {t.device}")
+    """Both functions, k_weight None and Hk 0 for one tensor: the tables' checks, then the kernel where it serves."""
     B, S, shape, dims = *x.shape[:2], tuple(cos.shape), cos.dim()
     if not (dims == 2 or (dims == 3 and (shape[0] == 1 or shape[0] == B)) or (dims == 4 and shape[0] == shape[2] == 1)):
         raise ValueError(f"cos must be (S, W), ({B}, S, W), (1, S, W) or (1, S, 1, W), got shape {shape}")
@@ -470,13 +467,13 @@ def _dispatch(x, q_weight, k_weight, cos, sin, position_ids, Hq, Hk, D, eps, off
         raise ValueError(f"cos must be {' or '.join(map(str, widths))} wide for head_dim {D}, got {shape[-1]}")
     if position_ids is None:
         if rows < S:
-            raise ValueError(f"cos must have at least {S} rows, one for each position of {name}, got {rows}")
+            raise ValueError(f"cos must have at least {S} rows, one for each position, got {rows}")
     elif position_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
     elif dims != 2:
         raise ValueError(f"position_ids must go with tables of two dimensions, got cos of shape {shape}")
     elif (ids := position_ids.shape)[-1:] != (S,) or len(ids) > 2 or (len(ids) == 2 and ids[0] != 1 and ids[0] != B):
-        raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(position_ids.shape)}")
+        raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(ids)}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         # To the dtype that autocast gives F.rms_norm: float32 in newer releases on CUDA
         x = x.to(F.rms_norm(x.new_empty(()).expand(0, 1), (1,)).dtype)
@@ -523,7 +520,7 @@ def fused_rmsnorm_rope(
         raise ValueError(f"x must be (B, S, H * D), got shape {tuple(x.shape)}")
     if weight.dim() != 1 or not weight.shape[0]:
         raise ValueError(f"weight must be (H * D,) or (D,), got shape {tuple(weight.shape)}")
-    num_heads = _index(num_heads, "num_heads", optional=True)
+    num_heads = num_heads if num_heads is None else _count(num_heads, "num_heads")
     width, D = x.shape[-1], _head_dim(x, weight, cos, num_heads)
     if D < 2 or D % 2 or width % D or (num_heads is not None and num_heads * D != width):
         if num_heads is not None:
@@ -555,16 +552,14 @@ def fused_qk_norm_rope(
         raise ValueError(f"q_weight must be (D,) of an even head_dim D, got shape {tuple(q_weight.shape)}")
     if k_weight.shape != q_weight.shape:
         raise ValueError(f"k_weight must have q_weight's shape {tuple(q_weight.shape)}, got {tuple(k_weight.shape)}")
-    num_heads, num_kv_heads = _index(num_heads, "num_heads"), _index(num_kv_heads, "num_kv_heads")
-    for name, n in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if n < 1:
-            raise ValueError(f"{name} must be positive, got {n}")
+    num_heads, num_kv_heads = _count(num_heads, "num_heads"), _count(num_kv_heads, "num_kv_heads")
     D = q_weight.shape[0]
     width = (num_heads + 2 * num_kv_heads) * D
     if qkv.dim() != 3 or qkv.shape[-1] != width:
         raise ValueError(f"qkv must be (B, S, {width}), got shape {tuple(qkv.shape)}")
-    heads = num_heads, num_kv_heads, D
-    q, k, v = _dispatch(qkv, q_weight, k_weight, cos, sin, position_ids, *heads, eps, offset, interleaved)
+    q, k, v = _dispatch(
+        qkv, q_weight, k_weight, cos, sin, position_ids, num_heads, num_kv_heads, D, eps, offset, interleaved
+    )
     if v.dtype != qkv.dtype or qkv.stride(-1) != 1:  # autocast, or the kernel, has read a copy
         v = qkv[..., -num_kv_heads * D :].unflatten(-1, (num_kv_heads, D))
     return q, k, v
@@ -590,8 +585,8 @@ class FusedRMSNormRoPE(_Norm):
         self, hidden_dim: int, head_dim: int, eps: float = 1e-6, *, per_head: bool = False, offset: float = 0.0,
         device=None, dtype=None
     ):  # fmt: skip
-        hidden_dim, head_dim = _index(hidden_dim, "hidden_dim"), _index(head_dim, "head_dim")
-        if head_dim < 2 or head_dim % 2 or hidden_dim < 1 or hidden_dim % head_dim:
+        hidden_dim, head_dim = _count(hidden_dim, "hidden_dim"), _count(head_dim, "head_dim")
+        if head_dim % 2 or hidden_dim % head_dim:
             raise ValueError(f"head_dim must be even and divide hidden_dim {hidden_dim}, got {head_dim}")
         super().__init__(head_dim if per_head else hidden_dim, offset, device, dtype)
         self.hidden_dim, self.head_dim, self.eps, self.per_head = hidden_dim, head_dim, eps, per_head
@@ -615,13 +610,10 @@ class FusedQKNormRoPE(nn.Module):
         interleaved: bool = False, device=None, dtype=None
     ):  # fmt: skip
         super().__init__()
-        self.head_dim = head_dim = _index(head_dim, "head_dim")
-        if head_dim < 2 or head_dim % 2:
+        self.head_dim = head_dim = _count(head_dim, "head_dim")
+        if head_dim % 2:
             raise ValueError(f"head_dim must be a positive even number, got {head_dim}")
-        heads = {"num_heads": _index(num_heads, "num_heads"), "num_kv_heads": _index(num_kv_heads, "num_kv_heads")}
-        for name, n in heads.items():
-            if n < 1:
-                raise ValueError(f"{name} must be positive, got {n}")
+        heads = {"num_heads": _count(num_heads, "num_heads"), "num_kv_heads": _count(num_kv_heads, "num_kv_heads")}
         self.options = {**heads, "eps": eps, "offset": offset, "interleaved": interleaved}
         self.q_norm = _Norm(head_dim, offset, device, dtype)
         self.k_norm = _Norm(head_dim, offset, device, dtype)
