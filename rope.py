@@ -49,15 +49,15 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
         return given[name]
 
     if longest := given.get("max_position_embeddings"):
-        trained = given.setdefault("original_max_position_embeddings", longest)
-        if kind == "yarn":
-            given.setdefault("factor", longest / trained)
-    factor = 1.0 if kind == "default" else entry("factor")
-    if not factor > 0:
-        raise ValueError(f"scaling's factor must be positive, got {factor}")
+        given.setdefault("original_max_position_embeddings", longest)
     trained = 1 if kind in ("default", "linear") else entry("original_max_position_embeddings")
     if not trained > 0:
         raise ValueError(f"scaling's original_max_position_embeddings must be positive, got {trained}")
+    if kind == "yarn" and longest:
+        given.setdefault("factor", longest / trained)
+    factor = 1.0 if kind == "default" else entry("factor")
+    if not factor > 0:
+        raise ValueError(f"scaling's factor must be positive, got {factor}")
     base, dim = given.get("rope_theta", base), int(head_dim * given.get("partial_rotary_factor", 1.0))
     least = 4 if kind == "dynamic" else 2
     if dim < least or dim % 2:
@@ -91,9 +91,9 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
     return keep * inv_freq + (1 - keep) * inv_freq / factor, attention_factor
 
 
-def _index(n, name, optional=False):
+def _index(n, name):
     """n; NumPy's integers as int."""
-    if isinstance(n, (int, torch.SymInt)) or (optional and n is None):
+    if isinstance(n, (int, torch.SymInt)):
         return n
     if not hasattr(n, "__index__"):
         raise TypeError(f"{name} must be an integer, got {n!r}")
@@ -101,9 +101,17 @@ def _index(n, name, optional=False):
 
 
 def _check_tensors(**tensors):
+    like, floats = None, (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for name, t in tensors.items():
-        if not isinstance(t, Tensor) and (t is not None or name not in ("k", "position_ids")):
+        if t is None and name in ("k", "position_ids", "mask"):
+            continue
+        if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.dtype not in floats and name not in ("position_ids", "mask"):
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        like = like or (name, t.device)
+        if t.device != like[1]:
+            raise ValueError(f"{name} must be on {like[0]}'s device {like[1]}, got {t.device}")
 
 
 def build_rope_cache(
@@ -343,8 +351,8 @@ def _kernel_serves(*tensors) -> bool:
 
 def _tile(D, angles):
     """Tokens and heads of a program, which is one warp where there are many."""
-    # us at 16384 tokens of 40 heads of 128: 84.4 by 8 heads, which share a token's tables (16 and 2 warps 84.9, 4 heads
-    # 101, a plain copy 81.3). Angles cost more, so that more heads share them: 82.4 by 16, 99 by 8 heads of 4 tokens
+    # 84.4 us at 16384 tokens of 40 heads of 128 (H200) by 8 heads, which share a token's tables, 101 by 4. Angles cost
+    # more, so that more heads share them: 82.4 us by 16 heads, 99 by 8
     half = 1 << (D // 2 - 1).bit_length()
     BLOCK_H = min(max((1024 if angles else 512) // half, 1), 16)
     return max(512 // (half * BLOCK_H), 1), BLOCK_H
@@ -396,9 +404,7 @@ def _launch(q, k, cos, sin, position_ids, R, interleaved, theta=None, negate=Fal
         stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_cb, stride_pb, B * S, S, rows, Hq,
         Hk, stride_cs, ratio, bits, D, R, REST, interleaved, negate, OUT, BLOCK_T, BLOCK_H
     )  # fmt: skip
-    # A few tokens don't fill the processors: 8 of 40 heads of 128 take one warp 1.8 us, interleaved 1.9, four warps 1.7
-    # and 1.6; 64 (320 programs) 2.2, 2.3 and 2.3, 2.2
-    num_warps = 4 if programs <= 128 else 1
+    num_warps = 4 if programs <= 128 else 1  # few programs don't fill the processors: 1.7 us at 8 tokens, else 1.8
     _enqueue(_rope_kernel, programs, (q, k, q_out, k_out, cos, sin, position_ids), scalars, num_warps=num_warps)
     if inplace and not torch.compiler.is_compiling():  # autograd is told, as PyTorch's own in-place operations tell it
         for t in (q, k):
@@ -429,31 +435,18 @@ class _RoPE(torch.autograd.Function):
 
 
 def _check_qk(q, k, dims):
-    _check_tensors(q=q, k=k)
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
     if q.dim() not in dims:
         forms = "(B, S, H, D) or (S, H, D)" if 3 in dims else "(B, S, H, D)"
         raise ValueError(f"q must be {forms}, got shape {tuple(q.shape)}")
-    if k is None:
-        return
-    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+    if k is not None and (k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]):
         raise ValueError(f"k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}")
-    if k.dtype != q.dtype:
+    if k is not None and k.dtype != q.dtype:
         raise TypeError(f"k must have q's dtype {q.dtype}, got {k.dtype}")
-    if k.device != q.device:
-        raise ValueError(f"k must be on q's device {q.device}, got {k.device}")
 
 
 def _check_tables(q, cos, sin, position_ids, rotary_dim):
     """Returns R."""
-    _check_tensors(cos=cos, sin=sin, position_ids=position_ids)
     B, S, D = q.shape[0] if q.dim() == 4 else 1, q.shape[-3], q.shape[-1]
-    for name, t in (("cos", cos), ("sin", sin), ("position_ids", position_ids)):
-        if t is not None and t.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
-        if t is not position_ids and (not t.is_floating_point() or t.element_size() == 1):
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     shape, dims = cos.shape, cos.dim()
     if sin.shape != shape:
         raise ValueError(f"sin must have cos's shape {tuple(shape)}, got {tuple(sin.shape)}")
@@ -467,14 +460,12 @@ def _check_tables(q, cos, sin, position_ids, rotary_dim):
     if position_ids is None:
         if (rows := shape[0 if dims == 2 else 1]) < S:
             raise ValueError(f"cos must have at least {S} rows, one for each position of q, got {rows}")
-        return R
-    if position_ids.dtype not in (torch.int32, torch.int64):
+    elif position_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
-    if dims != 2:
+    elif dims != 2:
         raise ValueError(f"position_ids must go with tables of two dimensions, got cos of shape {tuple(shape)}")
-    shape = position_ids.shape
-    if shape[-1:] != (S,) or len(shape) > 2 or (len(shape) == 2 and shape[0] != 1 and shape[0] != B):
-        raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(shape)}")
+    elif (ids := position_ids.shape)[-1:] != (S,) or len(ids) > 2 or (len(ids) == 2 and ids[0] != 1 and ids[0] != B):
+        raise ValueError(f"position_ids must be ({S},) or ({B}, {S}), got shape {tuple(ids)}")
     return R
 
 
@@ -497,8 +488,10 @@ def apply_rope(
     Raises: ValueError for shapes, devices and rotary_dim, for inplace where q or k requires a gradient or is expanded
     or k is q; TypeError for dtypes.
     """
+    _check_tensors(q=q, k=k, cos=cos, sin=sin, position_ids=position_ids)
     _check_qk(q, k, (3, 4))
-    R = _check_tables(q, cos, sin, position_ids, _index(rotary_dim, "rotary_dim", optional=True))
+    rotary_dim = rotary_dim if rotary_dim is None else _index(rotary_dim, "rotary_dim")
+    R = _check_tables(q, cos, sin, position_ids, rotary_dim)
     if inplace:
         if k is q:
             raise ValueError("inplace must be False where k is q")
@@ -548,6 +541,7 @@ def rope_triton(
 
     Raises: ValueError for shapes, devices, seq_len, a theta below 1; TypeError for dtypes.
     """
+    _check_tensors(q=q, k=k)
     _check_qk(q, k, (4,))
     if seq_len is not None and seq_len != q.shape[1]:
         raise ValueError(f"seq_len must be q's {q.shape[1]}, got {seq_len}")
@@ -627,6 +621,7 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor | None, seq_len: int | None = None, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        _check_tensors(q=q, k=k)
         _check_qk(q, k, (3, 4))
         length = q.shape[-3] if seq_len is None else max(q.shape[-3], _index(seq_len, "seq_len"))
         cos, sin = _on_mesh_of(q, *self._tables(length, q, position_ids))
@@ -673,23 +668,18 @@ class RoPEAttention(nn.Module):
         self.rope = RotaryEmbedding(self.head_dim, base=theta, interleaved=interleaved, device=device)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _check_tensors(x=x)
+        _check_tensors(x=x, mask=mask)
         if x.dim() != 3 or x.shape[-1] != self.q_proj.in_features:
             raise ValueError(f"x must be (B, S, {self.q_proj.in_features}), got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must be a float tensor, got {x.dtype}")
-        if mask is not None and is_causal:
-            raise ValueError("is_causal must be False where a mask is given")
         if mask is not None:
-            _check_tensors(mask=mask)
+            if is_causal:
+                raise ValueError("is_causal must be False where a mask is given")
             autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and mask.is_floating_point()
             if not autocast and mask.dtype not in (torch.bool, torch.float32, x.dtype):
                 raise TypeError(f"mask must be bool, float32 or x's {x.dtype}, got {mask.dtype}")
             scores = x.shape[0], self.n_heads, x.shape[1], x.shape[1]
             if not 2 <= mask.dim() <= 4 or any(m != 1 and m != n for m, n in zip(mask.shape[::-1], scores[::-1])):
                 raise ValueError(f"mask must broadcast to {scores}, got shape {tuple(mask.shape)}")
-            if mask.device != x.device:
-                raise ValueError(f"mask must be on x's device {x.device}, got {mask.device}")
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.rope(q, k)
         out = F.scaled_dot_product_attention(

@@ -1873,10 +1873,11 @@ ERRORS += [
     )
 ] + [
     ("RotaryEmbedding: odd dim", lambda: rope.RotaryEmbedding(7), ValueError, "dim must be an even number.*got 7"),
+    ("RotaryEmbedding: trained length", lambda: rope.RotaryEmbedding(64, scaling={"rope_type": "yarn", "original_max_position_embeddings": 0}), ValueError, "original_max_position_embeddings must be positive, got 0"),
     ("RotaryEmbedding: negative length", lambda: rope.RotaryEmbedding(8, -1), ValueError, "max_seq_len must not be negative, got -1"),
     ("RoPEAttention: theta", lambda: rope.RoPEAttention(32, 4, theta=-1.0), ValueError, "theta must be positive, got -1"),
     ("RoPEAttention: d_model", lambda: rope.RoPEAttention(0, 4), ValueError, "d_model must be.*got 0"),
-    ("RoPEAttention: ints", lambda: rope.RoPEAttention(16, 4, device=DEVICE)(torch.ones(2, 7, 16, device=DEVICE).long()), TypeError, "x must be a float.*int64"),
+    ("RoPEAttention: ints", lambda: rope.RoPEAttention(16, 4, device=DEVICE)(torch.ones(2, 7, 16, device=DEVICE).long()), TypeError, "x must be float.*int64"),
     ("RoPEAttention: no heads", lambda: rope.RoPEAttention(16, 0), ValueError, "n_heads must be positive, got 0"),
     ("build_rope_cache: dtype", lambda: rope.build_rope_cache(4, 8, dtype=torch.int32), TypeError, "dtype must be floating.*int32"),
     ("build_rope_cache: factor", lambda: rope.build_rope_cache(4, 8, scaling={"rope_type": "linear", "factor": 0}), ValueError, "factor must be positive, got 0"),
