@@ -282,12 +282,6 @@ def _rows(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _matrix(t, dtype):
-    """t of that dtype as a matrix whose columns are adjacent; t itself where it is one."""
-    t = t if t.dtype == dtype else t.to(dtype)
-    return _rows(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]))
-
-
 def _extent(*tensors):
     """Rows, columns and row strides. Contiguous tensors count as one long row: no row's end then cuts a block short."""
     n = tensors[0].numel()
@@ -306,8 +300,8 @@ def _row_stride(t):
     return t.shape[-1]
 
 
-# Eight elements a thread are one 16-byte load of each input. H200, 16384 x 14336 bf16: 322 us forward, 1.03 of the copy
-# rate, 2048 x 11008: 34 us, 0.94. Larger blocks and more warps lose up to 10 %, at odd widths up to half
+# Eight elements a thread are one 16-byte load of each input: 322 us forward at 16384 x 14336 bf16 (H200), as fast as a
+# copy. Larger blocks and more warps lose up to 10 %, at odd widths up to half
 _BLOCK = 1024
 
 
@@ -440,8 +434,7 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
             return made
     if up_weight is None:
         gate_weight, up_weight = gate_weight.chunk(2)
-    if M == 1:  # us, H200, 1536 x 8960, 2560 x 10240, 3584 x 18944: 17.0, 28.6, 70.0 (by 1024: 18.5, 29.8, 70.0)
-        # 2048 x 8192, 4096 x 14336: 20.0, 61.3 (by 512: 20.6, 62.0; by two channels and 1024: 24.0, 67.2)
+    if M == 1:  # 17.0 us at 1536 x 8960 (H200; by 1024 18.5), 20.0 at 2048 x 8192 (by 512 20.6)
         block_k, warps = (512, 2) if K % 1024 else (1024, 4)
         scalars = gate_weight.stride(0), up_weight.stride(0), I, K, activation, 1, block_k
         _enqueue(_gated_row_kernel, I, (x, gate_weight, up_weight, *made), scalars, num_warps=warps)
@@ -462,8 +455,7 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
 
 
 def _gated_mlp_tma(x, gate_weight, up_weight, made, activation):
-    # H200, 4096 x 14336 bf16, us beside cuBLAS + swiglu_fused (separate or packed weights, the faster): M = 16 66 (70),
-    # 64 68 (71), 128 73 (76), 256 93 (95), 512 160 (168), 1000 311 (326), 2048 659 (696), 8192 2811 (2961)
+    # H200, 4096 x 14336 bf16: 66 us at M = 16, 73 at 128, 659 at 2048; cuBLAS and swiglu_fused take 70, 76 and 696
     (M, K), I = x.shape, made[0].shape[1]
     if M <= 64:  # the weights' bytes: small programs. M = 64 at 3584 x 18944 79 us, in steps of 64 and three stages 92
         BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = (16, 32, 128, 4, 3) if M <= 16 else (64, 64, 128, 4, 4)
@@ -475,9 +467,9 @@ def _gated_mlp_tma(x, gate_weight, up_weight, made, activation):
     programs = tiles_m * triton.cdiv(I, BLOCK_I)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     if not torch.compiler.is_compiling():  # there M may be a symbol
-        # cuBLAS takes over where our tiles would leave processors idle: all columns, if these are few (7168 x 2048, M =
-        # 4, 64, 128: 23, 24, 25 us, not 42, 32, 40) or a fifth of the tiles' rows lies past M (M = 136, 300: 77, 120,
-        # not 95, 135), else those of a last wave of tiles that is not full (M = 384, 768: 126, 231, not 135, 257)
+        # cuBLAS takes over where our tiles would leave processors idle: all columns, if these are few (24 us at M = 64,
+        # 7168 x 2048, not 32) or a fifth of the tiles' rows lies past M (120 at M = 300, not 135), else those of a last
+        # wave of tiles that is not full (231 at M = 768, not 257)
         waves, last = divmod(programs, processors)
         few = I <= 16 * processors and K >= 2048 and M <= (128 if up_weight is None else 16)
         if x.is_cuda and (few or (128 < M <= 384 and M < 0.8 * BLOCK_M * tiles_m)):
@@ -577,7 +569,8 @@ def fused_gated_mlp(
 
     common = torch.promote_types(x.dtype, gate_weight.dtype)
     common = common if up_weight is None else torch.promote_types(common, up_weight.dtype)
-    operands = [t if t is None else _matrix(t, common) for t in (x, gate_weight, up_weight)]
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    operands = [_rows(t if t is None or t.dtype == common else t.to(common)) for t in (rows, gate_weight, up_weight)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         out = _GatedMLP.apply(*operands, activation, x.dtype)
     else:
