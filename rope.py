@@ -518,8 +518,8 @@ def apply_rotary_pos_emb(
 
     q, k: (B, H, S, D), or with unsqueeze_dim=2 (B, S, H, D); cos, sin: (B, S, R) or (1, S, R), halves repeated.
     """
-    if unsqueeze_dim not in (1, 2):
-        raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
+    if isinstance(unsqueeze_dim, Tensor) or unsqueeze_dim not in (1, 2):  # older files give position_ids there
+        raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim!r}")
     _check_tensors(q=q, k=k, cos=cos)
     if q.dim() != 4:
         form = "(B, H, S, D)" if unsqueeze_dim == 1 else "(B, S, H, D)"

@@ -1822,6 +1822,7 @@ ERRORS += [
     ("rope-inplace-same", lambda: (lambda q: rope.apply_rope(q, q, randn(5, 8), randn(5, 8), inplace=True))(randn(5, 4, 16)), ValueError, "inplace must be False where k is q"),
     ("rope-inplace-grad", _rope_bad({"k": lambda: randn(2, 5, 2, 16, grad=True)}, inplace=True), ValueError, "inplace must be False where k requires a gradient"),
     ("rope-inplace-expanded", _rope_bad({"q": lambda: randn(2, 5, 1, 16).expand(2, 5, 4, 16)}, inplace=True), ValueError, "inplace must be False where q is expanded"),
+    ("rope-hf-positions", lambda: rope.apply_rotary_pos_emb(randn(1, 2, 2, 8), randn(1, 2, 2, 8), randn(1, 2, 8), randn(1, 2, 8), torch.tensor([2], device=DEVICE)), ValueError, "unsqueeze_dim must be 1 or 2, got tensor"),
     ("rope-hf-unsqueeze", lambda: rope.apply_rotary_pos_emb(randn(1, 2, 3, 8), randn(1, 2, 3, 8), randn(1, 3, 8), randn(1, 3, 8), 0), ValueError, "unsqueeze_dim must be 1 or 2, got 0"),
     ("rope-hf-dims", lambda: rope.apply_rotary_pos_emb(randn(2, 3, 8), randn(2, 3, 8), randn(1, 3, 8), randn(1, 3, 8), 2), ValueError, r"q must be \(B, S, H, D\), got shape \(2, 3, 8\)"),
     ("rope-angles-seq-len", lambda: rope.rope_triton(randn(1, 3, 2, 8), randn(1, 3, 2, 8), 4), ValueError, "seq_len must be q's 3, got 4"),
