@@ -746,9 +746,10 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) ->
         block_n, block_k, warps = 64, 128, 4
     else:
         block_m, block_n, block_k, warps, stages = (64, 64, 128, 8, 2) if blocks else (128, 128, 64, 8, 3)
+    even_k = bool(K % block_k == 0)  # not a symbol of torch.compile's
     scalars = (
-        M, N, K, a.stride(0), b.stride(1), *strides, blocks, promote, ieee, K % block_k == 0, split, block_m, block_n,
-        block_k, stages
+        M, N, K, a.stride(0), b.stride(1), *strides, blocks, promote, ieee, even_k, split,
+        block_m, block_n, block_k, stages
     )  # fmt: skip
     out = y if split == 1 else y.new_empty(split, M, N, dtype=torch.float32)
     tensors = a, b, a_scale, b_scale, bias if split == 1 else None, out
