@@ -986,6 +986,8 @@ class FP8Linear(nn.Module):
         super().__init__()
         if granularity not in ("tensor", "row", "block"):
             raise ValueError(f'granularity must be "tensor", "row" or "block", got {granularity!r}')
+        if in_features < 0 or out_features < 0:
+            raise ValueError(f"in_features and out_features must not be negative, got {in_features} and {out_features}")
         self.in_features, self.out_features, self.granularity = in_features, out_features, granularity
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None

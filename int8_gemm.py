@@ -996,6 +996,8 @@ class Int8Linear(nn.Module):
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
+        if in_features < 0 or out_features < 0:
+            raise ValueError(f"in_features and out_features must not be negative, got {in_features} and {out_features}")
         self.in_features, self.out_features = in_features, out_features
         self.quantize_activations = quantize_activations
         self.register_buffer("weight_int8", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))

@@ -474,8 +474,9 @@ class TritonRMSNorm(nn.RMSNorm):
         self, hidden_size: int | tuple[int], eps: float | None = 1e-6, elementwise_affine: bool = True, *,
         offset: float = 0.0, casting: str = "torch", device=None, dtype=None
     ):  # fmt: skip
-        if not isinstance(hidden_size, numbers.Integral) and len(hidden_size) != 1:
-            raise ValueError(f"hidden_size must be an int or hold one, got {tuple(hidden_size)}")
+        sizes = (hidden_size,) if isinstance(hidden_size, numbers.Integral) else tuple(hidden_size)
+        if len(sizes) != 1 or sizes[0] < 0:
+            raise ValueError(f"hidden_size must be an int or hold one, and not be negative, got {hidden_size}")
         if casting not in ("torch", "llama"):
             raise ValueError(f"casting must be 'torch' or 'llama', got {casting!r}")
         self.offset, self.casting = offset, casting  # before nn.RMSNorm's own, which calls reset_parameters

@@ -588,6 +588,8 @@ class SwiGLU(nn.Module):
     ):  # fmt: skip
         super().__init__()
         _check(activation)
+        if min(sizes := (hidden_size, intermediate_size)) < 0:
+            raise ValueError(f"hidden_size and intermediate_size must not be negative, got {sizes}")
         self.hidden_size, self.activation = hidden_size, activation
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype)
@@ -609,6 +611,8 @@ class FusedGatedMLP(nn.Module):
     def __init__(self, hidden_dim: int, intermediate_dim: int, activation: str = "silu", *, device=None, dtype=None):
         super().__init__()
         _check(activation)
+        if min(sizes := (hidden_dim, intermediate_dim)) < 0:
+            raise ValueError(f"hidden_dim and intermediate_dim must not be negative, got {sizes}")
         self.hidden_dim, self.intermediate_dim, self.activation = hidden_dim, intermediate_dim, activation
         self.gate_weight = nn.Parameter(torch.empty(intermediate_dim, hidden_dim, device=device, dtype=dtype))
         self.up_weight = nn.Parameter(torch.empty(intermediate_dim, hidden_dim, device=device, dtype=dtype))
