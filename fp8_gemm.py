@@ -728,7 +728,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) ->
         if tiles > 2 * sms or not (promote or split > 1):
             _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms)
             return y
-    ieee = (0, 0) < capability < (8, 0)  # no 16-bit ones that Triton serves
+    ieee = (0, 0) < capability < (8, 0)  # nor 16-bit tensor cores that Triton serves
     if ieee:
         block_m, block_n, block_k, warps, stages = 32 if rows > 16 else 16, 64, 128 if blocks else 32, 4, 2
     elif rows <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
@@ -786,7 +786,7 @@ def _launch_tma(a, w, y, a_scale, b_scale, bias, strides, blocks, promote, sms) 
                 (block_m, block_n, warps, stages), least = tile, time
     half = block_m // 2 if promote else block_m
     programs = _tiles(M, N, block_m, block_n)
-    if not blocks:  # theirs, of one tile each, are 2 % faster
+    if not blocks:  # block scales' programs take one tile each: 2 % faster
         programs = min(per_sm * sms, programs)
     tensors = (
         TensorDescriptor.from_tensor(a, [half, 128]),

@@ -3948,6 +3948,19 @@ def test_fp8_gemm_groups_of_other_scales(monkeypatch):
         assert torch.equal(got, want[start : start + rows]) and launched[-1] is fp8_gemm._gemm_groups_kernel
 
 
+def test_fp8_gemm_of_a_symbolic_k(monkeypatch):
+    """What torch.compile hands on where K is a symbol: a constexpr can't be one."""
+    mode = torch._subclasses.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
+    launched = []
+    monkeypatch.setattr(fp8_gemm, "_gpu", lambda t: ((9, 0), 132))
+    monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, programs, tensors, scalars, **options: launched.append(scalars))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    a, w = (mode.from_tensor(torch.zeros(rows, 272).to(FP8), static_shapes=False) for rows in (20, 40))
+    with mode:
+        fp8_gemm._fp8_gemm_triton(a, w.t(), torch.ones(()), torch.ones(()), torch.float32, None, True, False)
+    assert isinstance(launched[0][2], torch.SymInt) and not any(isinstance(n, torch.SymBool) for n in launched[0])
+
+
 def test_fp8_widening_is_exact(monkeypatch):
     """The route of the GPUs without fp8 tensor cores, every one of the 256 codes."""
     monkeypatch.setattr(fp8_gemm, "_gpu", lambda t: ((8, 6), 84))

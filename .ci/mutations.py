@@ -131,7 +131,7 @@ MUTATIONS = [
     ("rope: results as transposed views", "rope.py", "return x.new_empty_strided(x.shape, (H * S * D, D, S * D, 1)[-x.dim() :])",
      "return _dense_like(x.transpose(-3, -2), '').transpose(-3, -2)", "test_rope_results"),
     ("rope: tables of inference mode kept", "rope.py", "unfit = eager and (kept[0].is_inference() or", "unfit = eager and (", "test_rope_embedding_tables"),
-    # ---- device.py
+    # ---- any file
     ("fp8: blocks repeated, which Inductor cuts wrongly", "fp8_gemm.py", "        if torch.compiler.is_compiling():\n            # By index",
      "        if False:\n            # By index", "test_compile_blocks_by_inductor"),
     ("fp8: each part of K the whole", "fp8_gemm.py", "tl.range(part * BLOCK_K, K, SPLIT * BLOCK_K, num", "tl.range(0, K, SPLIT * BLOCK_K, num", "test_fp8_parts"),
