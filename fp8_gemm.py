@@ -734,10 +734,15 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) ->
     elif rows <= 64:  # what counts is bytes in flight: some 50 to 100 kB for each of the 2 or 3 programs on an SM
         block_n, block_k, warps = 64, 128, 4
         stages = 6 if capability[0] in (9, 10) else 3  # most others have 100 kB or less
-        if not (widen or promote) and N <= 64 * sms and split == 1:
-            block_k = 256  # us, M = 16: 8.4 and not 10.1 at 4096 x 4096
-        elif stages == 6 and rows <= 32 and not 128 * sms < N <= 192 * sms and split == 1:
-            stages = 8  # us, M = 8, promoted: 44 and not 50 at 5120 x 27648; there 3 programs with 6 fit: all at once
+        if N <= 64 * sms:
+            if not (widen or promote) and split == 1:
+                block_k = 256  # us, M = 16: 8.4 and not 10.1 at 4096 x 4096
+            elif stages == 6 and rows <= 32 and split == 1:
+                stages = 8
+        elif stages == 6:  # all tiles at once, up to four on an SM. us, M = 64: 3584 x 18944 26.6, with six stages 30.5
+            stages = 6 if N <= 128 * sms else 4 if N <= 192 * sms else 3 if N <= 256 * sms or rows > 16 else 8
+            if blocks and rows > 32:  # 3584 x 18944 29.7, by 64 columns 30.5; 5120 x 13824 27.7 and 29.1
+                block_n, stages = 128, max(stages, 4)
     elif split > 1:
         block_n, block_k, warps, stages = 64, 128, 4, 4
     elif on_hopper and promote:

@@ -246,8 +246,8 @@ if triton is not None:
         m, n = tile % tiles_m * (BLOCK_M + MORE_M), tile // tiles_m * BLOCK_N
         offs_m, offs_n, offs_k = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         if not PERMUTED:
-            # Rows past the end wrap around: whole vectors, no mask; the store drops them. FEW rows (4 at most) would be
-            # read four times over, so they have a mask: 23 us at (4096, 14336), M = 4, and not 29
+            # Rows past the end wrap around: whole vectors, no mask; the store drops them. FEW rows would be read many
+            # times over, so they have a mask: 23 us at (4096, 14336), M = 4, and not 29
             w_ptrs = w_ptr + (offs_n % N).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
             x_ptrs = x_ptr + (offs_m % M).to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if W8A8 else tl.float32)
@@ -260,6 +260,8 @@ if triton is not None:
                 w = tl.load(w_ptrs + k) if EVEN_K else tl.load(w_ptrs + k, mask=offs_k[None, :] < K - k, other=0)
                 if EVEN_K and not FEW:
                     x = tl.load(x_ptrs + k)
+                elif EVEN_K:
+                    x = tl.load(x_ptrs + k, mask=offs_m[None, :] < M, other=0)
                 else:
                     x = tl.load(x_ptrs + k, mask=(offs_k[:, None] < K - k) & (offs_m[None, :] < M), other=0)
             if W8A8:
@@ -313,6 +315,8 @@ if triton is not None:
             w = tl.load(w_ptrs + k) if EVEN_K else tl.load(w_ptrs + k, mask=offs_wk < K - k, other=0)
             if EVEN_K and not FEW:
                 x = tl.load(x_ptrs + k)
+            elif EVEN_K:
+                x = tl.load(x_ptrs + k, mask=offs_m[None, None, :] < M, other=0)
             else:
                 x = tl.load(x_ptrs + k, mask=(offs_xk < K - k) & (offs_m[None, None, :] < M), other=0)
             acc = tl.dot(w if W8A8 else _widen(w, x.dtype), x, acc, out_dtype=acc.dtype)
@@ -743,14 +747,16 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     if memory and many and N * y.element_size() % 16 == 0:
         _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms)
         return y
-    few = rows <= 4 and N > 16 * sms
-    if rows <= 16 and not (wide or ieee):
+    sliced, crowded = rows <= 16 and not (wide or ieee), N > 32 * sms
+    # us at (28672, 8192), M = 8: 70, without the mask 83
+    few = bool(N > 16 * sms and rows <= (8 if sliced and crowded and not w8a8 else 4))
+    if sliced:
         # us at (14336, 4096), M = 16: 24.4, unsliced 29.6. Three stages leave room for a third program on an SM:
-        # (8192, 8192) 25.9, with four 29.9
+        # (8192, 8192) 25.9, with four 29.9. Behind a mask five hide more: (14336, 4096), M = 4: 24.2, four 26.3
         if memory and not w8a8 and N <= 16 * sms:  # (8192, 1024) 9.0, in two slices 11.9
             slices, stages = 4, 3
         else:
-            slices, stages = 2, 2 if not memory else 5 if w8a8 else 4 if N <= 32 * sms else 3
+            slices, stages = 2, 2 if not memory else 3 if crowded else 5 if w8a8 or few else 4
         scalars = M, N, K, x.stride(0), weight.stride(0), bool(K % (256 * slices) == 0), few, slices, 16, 16, 256
         tensors = x, weight, x_scale, scale, bias, y
         _enqueue(_sliced_gemm_kernel, -(-N // 16), tensors, scalars, num_warps=slices, num_stages=stages)
@@ -775,18 +781,21 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
                 time = turns * (K * ns // parts + 10000) + (30000 + parts * rows * N // 75 if parts > 1 else 0)
                 if least is None or time < least:
                     (block_m, more_m, block_n, block_k, stages), least = tile, time
-        elif widest:  # (8192, 28672), M = 64: 84, with 64 channels 97
-            block_n, block_k, warps = 128, 128 if rows <= 64 else 64, 8 if rows <= 32 else 4
+        elif rows > 64:
+            block_n, block_k, stages = (128, 64, 4) if widest else (64, 128, 3)
         else:
-            stages = 6 if rows <= 32 else 5 if rows <= 64 else 3
-        if rows <= 32 and not wide:  # no launch for the order of x: (4096, 4096), M = 32: 11.7, with it 12.9
-            permuted, stages = 2, 5
+            rule = _few_rows_tile if torch.compiler.is_compiling() else _few_rows_tile_cached
+            block_n, split, stages = rule(rows <= 32, N, K, sms)
+            # no launch for the order of x: (4096, 4096), M = 32: 11.7, with it 12.9; (2048, 2048), M = 64: 8.3 and 9.2
+            permuted = 2 if rows <= 32 or N * K <= 2**23 or (block_n == 128 and split > 1) else 1
     elif w8a8 and block_m == 128:
         block_n, block_k, warps = 128, 64, 8
-    elif w8a8:
-        stages = 6 if memory else 3
-    elif rows <= 16:  # us at (8192, 28672): 70, by the other tile 86
-        block_n, block_k, warps, stages = (64, 256, 2, 3) if widest and memory else (32, 128, 2, 6)
+    elif w8a8:  # all tiles at once, up to four on an SM: (3584, 18944), M = 64: 28.3, with six stages 32.4
+        stages = 3 if not memory or N > 192 * sms else 4 if widest else 6
+    elif rows <= 16:  # us at (8192, 28672): 70, by the second tile 75; (8192, 10240) 33, by the first 40
+        block_n, block_k, warps, stages = (
+            (32, 128, 2, 6) if not memory else (64, 256, 2, 3) if widest else (32, 256, 2, 4)
+        )  # fmt: skip
     elif block_m == 128:
         warps, stages = (4, 3) if memory else (8, 2)
     strides, more_x = (x.stride(0), weight.stride(0)), None
@@ -796,7 +805,8 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         x = TensorDescriptor.from_tensor(x, [block_m, block_k])
         weight = TensorDescriptor.from_tensor(_for_tma(weight), [block_n, block_k])
     tiles_n, tile_m = -(-N // block_n), block_m + more_m
-    split = 1 if rows <= 16 or ieee else _parts(-(-rows // tile_m) * tiles_n, rows, N, K, w8a8, sms)
+    if not permuted or rows > 64:
+        split = 1 if rows <= 16 or ieee else _parts(-(-rows // tile_m) * tiles_n, rows, N, K, w8a8, sms)
     out = y if split == 1 else y.new_empty(split, M, N, dtype=torch.int32 if w8a8 else torch.float32)
     whole = bool(K % block_k == 0)
     scalars = M, N, K, *strides, ieee, permuted, whole, few, split, block_m, more_m, block_n, block_k
@@ -807,17 +817,39 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     return y
 
 
+def _few_rows_tile(fewer: bool, N: int, K: int, sms: int) -> tuple[int, int, int]:
+    """BLOCK_N, parts of K and stages for 17 to 64 rows (fewer: at most 32): what leaves the fewest SMs idle."""
+    # us (H200), M = 32: (14336, 3072) by 64 channels, eight parts and three programs on an SM 20.8, five and two 22.4;
+    # (8192, 10240) by 128 channels and three parts 33.9, whole 40
+    most = 0
+    for block_n, programs, stages in ((64, 2, 5), (64, 3, 4), (128, 2, 4)):
+        room, tiles = programs * sms, -(-N // block_n)
+        parts = max(1, min(8, room // tiles, max(K // 512, min(sms // tiles, K // 320))))
+        turns = -(-parts * tiles // room)
+        busy = parts * tiles / (turns * room)
+        if block_n == 128:  # where as many are: (28672, 8192), M = 32: 71 in four parts, by 64 channels in two 87
+            busy *= 1.03 if parts > 1 and (K > 8192 or (fewer and N > 64 * sms)) else 0.97
+        elif turns > 1:
+            busy *= 0.9
+        if busy > most and (programs == 2 or fewer):
+            most, choice = busy, (block_n, parts, stages)
+    return choice[0], _one_of(range(1, 9), choice[1]), choice[2]
+
+
+_few_rows_tile_cached = functools.cache(_few_rows_tile)
+
+
 def _parts(tiles: int, M: int, N: int, K: int, w8a8: bool, sms: int) -> int:
     """How many programs share a tile, so that each SM has two; their sums are then added up."""
-    # us, M = 32: in eight parts (8192, 1024) 9.7, in four 12.8; in three (13824, 5120) 31.6, in two 43.9 (W8A8 gains
-    # nothing); in four, as three programs of 32 rows fit on an SM, (4096, 6144) 14.9, in two 17.1. W8A8, M = 192, whole
-    # (2304, 1024) 9.3, in four 10.2
+    # us: W8A8, M = 192, whole (2304, 1024) 9.3, in four 10.2; M = 64, in two (3584, 3584) 11.3, in four 12.2
     if N > 64 * sms or tiles > sms or (w8a8 and (K < 1024 or M * N > 75 * K)):
         return 1
-    if not w8a8 and 4 * tiles <= sms and M <= 192 and K >= 1024 and M * N <= 100 * K:
+    if w8a8:
+        return 4 if 4 * tiles <= sms or (2 * tiles <= sms and K > 5000) else 2
+    if 4 * tiles <= sms and M <= 192 and K >= 1024 and M * N <= 100 * K:
         return 8
-    if not w8a8 and sms < 2 * tiles:
-        return 3 if 3 * tiles <= 2 * sms else 4 if 4 * tiles <= 3 * sms and M <= 32 else 2
+    if sms < 2 * tiles:
+        return 3 if 3 * tiles <= 2 * sms else 2
     return 4 if 2 * tiles <= sms else 2
 
 

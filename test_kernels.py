@@ -3053,14 +3053,20 @@ def test_int8_gemm_groups_rule():
 
 
 def test_int8_gemm_parts(monkeypatch):
-    """The divisions of K that the rule takes, some of which no small product asks for."""
-    rule = lambda N, M, w8a8=False: int8_gemm._parts(-(-N // 64), M, N, 8192, w8a8, 132)
-    assert [rule(4096, 32), rule(5120, 64), rule(6144, 32), rule(6144, 64), rule(8192, 32)] == [4, 3, 4, 2, 2] and rule(5120, 64, True) == 2
-    w, s = _int8_weight(40, 1100)
-    for parts in (2, 3, 4, 8):
+    """The tiles and divisions of K that the rules take, some of which no small product asks for."""
+    rule = lambda N, M, w8a8=False: int8_gemm._parts(-(-N // 64), M, N, 4096, w8a8, 132)
+    assert [rule(2048, 128), rule(4096, 128), rule(5120, 128), rule(6144, 128)] == [8, 4, 3, 2] and [rule(2048, 64, True), rule(4096, 64, True)] == [4, 2]
+    best = {(True, 4096, 4096): (64, 4, 5), (True, 3072, 14336): (64, 8, 4), (True, 8192, 28672): (128, 4, 4), (True, 10240, 8192): (128, 3, 4), (True, 27648, 5120): (128, 1, 4),
+            (False, 10240, 8192): (128, 3, 4), (False, 14336, 4096): (64, 1, 5), (False, 3072, 8192): (64, 5, 5), (False, 18944, 3584): (128, 1, 4)}  # fmt: skip
+    assert {sizes: int8_gemm._few_rows_tile(*sizes, 132) for sizes in best} == best  # of those measured on an H200
+    products = [(20, _int8_weight(40, 1100)), (50, _int8_weight(40, 1100))]
+    products += [(50, _int8_weight(2080, 4112))] * GPU  # x put in order by a kernel of its own
+    for parts, block_n, stages in ((1, 128, 4), (2, 64, 5), (3, 128, 4), (4, 64, 4), (8, 64, 5)):
         monkeypatch.setattr(int8_gemm, "_parts", lambda *sizes, parts=parts: parts)
-        for w8a8 in (False, True):
-            check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(20, 1100, dtype=torch.float16), w, s, randn(40), quantize_activations=w8a8)
+        monkeypatch.setattr(int8_gemm, "_few_rows_tile_cached", lambda *sizes, tile=(block_n, parts, stages): tile)
+        for M, (w, s) in products:
+            for w8a8 in (False, True):
+                check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(M, w.shape[1], dtype=torch.float16), w, s, randn(w.shape[0]), quantize_activations=w8a8)
 
 
 def test_int8_gemm_gradient_of_rows_that_are_not_finite():
@@ -3760,19 +3766,19 @@ for _type, _row, _even, _block_n, _block_k, _warps in [
     _int8_aot("_one_row_kernel", dict(ROW=_row, EVEN_K=_even, BLOCK_N=_block_n, BLOCK_K=_block_k), _warps, (80, 90, 100, "gfx942"), x_ptr=_type)
 _int8_tile = dict(more_x_ptr=None, IEEE=False, PERMUTED=0, EVEN_K=True, FEW=False, SPLIT=1, MORE_M=0)
 for _type, _blocks, _warps, _stages, _targets in [
-    ("*bf16", (16, 32, 128), 2, 6, None), ("*bf16", (16, 64, 256), 2, 3, (90, 100)), ("*fp16", (64, 64, 128), 4, 3, (80, 89, "gfx942")),
+    ("*bf16", (16, 32, 128), 2, 6, (80, 89, "gfx942")), ("*bf16", (16, 32, 256), 2, 4, (90, 100)), ("*bf16", (16, 64, 256), 2, 3, (90, 100)), ("*fp16", (64, 64, 128), 4, 3, (80, 89, "gfx942")),
     ("*bf16", (64, 64, 128), 4, 4, (100,)), ("*bf16", (128, 64, 128), 8, 2, (80, 89, "gfx942")), ("*bf16", (128, 64, 128), 4, 3, (100,)),
-    ("*i8", (16, 64, 128), 4, 3, None), ("*i8", (64, 64, 128), 4, 6, (90, 100)), ("*i8", (128, 128, 64), 8, 3, (80, 89, "gfx942")),
+    ("*i8", (16, 64, 128), 4, 3, None), ("*i8", (64, 64, 128), 4, 6, (90, 100)), ("*i8", (32, 64, 128), 4, 4, (90, 100)), ("*i8", (128, 128, 64), 8, 3, (80, 89, "gfx942")),
 ]:  # fmt: skip
     _int8_aot("_gemm_kernel", dict(_int8_tile, FEW=_blocks[0] == 16, BLOCK_M=_blocks[0], BLOCK_N=_blocks[1], BLOCK_K=_blocks[2]),
               _warps, _targets or (80, 89, 90, 100, "gfx942"), _stages, x_ptr=_type)  # fmt: skip
 for _type, _blocks, _warps, _stages, _split in [
-    ("bf16", (32, 0, 64, 128), 4, 6, 1), ("fp16", (32, 0, 64, 128), 4, 5, 4), ("bf16", (32, 0, 128, 128), 8, 4, 1), ("bf16", (64, 0, 64, 128), 4, 5, 4),
-    ("bf16", (64, 0, 128, 128), 4, 4, 1), ("bf16", (128, 0, 64, 128), 4, 3, 8), ("bf16", (128, 0, 128, 64), 4, 4, 1), ("fp16", (256, 0, 64, 64), 4, 3, 1),
+    ("bf16", (32, 0, 64, 128), 4, 5, 4), ("fp16", (32, 0, 64, 128), 4, 4, 8), ("bf16", (32, 0, 128, 128), 4, 4, 4), ("bf16", (64, 0, 64, 128), 4, 5, 4),
+    ("fp16", (64, 0, 64, 128), 4, 5, 5), ("bf16", (64, 0, 128, 128), 4, 4, 1), ("fp16", (64, 0, 128, 128), 4, 4, 3), ("bf16", (128, 0, 64, 128), 4, 3, 8), ("bf16", (128, 0, 128, 64), 4, 4, 1), ("fp16", (256, 0, 64, 64), 4, 3, 1),
     ("bf16", (256, 0, 64, 64), 4, 3, 1), ("fp16", (128, 64, 64, 64), 4, 4, 1), ("bf16", (128, 64, 64, 64), 4, 4, 2),
 ]:  # fmt: skip
     _m, _more, _n, _k = _blocks
-    _tile = dict(_int8_tile, PERMUTED=2 if (_m, _stages) == (32, 5) else 1, SPLIT=_split, BLOCK_M=_m, MORE_M=_more, BLOCK_N=_n, BLOCK_K=_k)
+    _tile = dict(_int8_tile, PERMUTED=2 if _m == 32 or (_m, _type) == (64, "fp16") else 1, SPLIT=_split, BLOCK_M=_m, MORE_M=_more, BLOCK_N=_n, BLOCK_K=_k)
     if _more:
         del _tile["more_x_ptr"]
     _int8_aot("_gemm_kernel", _tile, _warps, (90,), _stages, x_ptr=f"tensordesc<{_type}[{_m},{_k}]>", more_x_ptr=f"tensordesc<{_type}[{_more},{_k}]>",
@@ -3780,8 +3786,8 @@ for _type, _blocks, _warps, _stages, _split in [
 _int8_aot("_gemm_kernel", dict(_int8_tile, SPLIT=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128), 4, (90, 100), 6, x_ptr="*i8", y_ptr="*i32")
 for _type in ("*fp32", "*i32"):
     _int8_aot("_add_parts_kernel", dict(SPLIT=4, BLOCK_N=1024), 4, parts_ptr=_type)
-for _type, _slices, _stages, _targets in [("*bf16", 2, 4, (90, 100)), ("*fp16", 2, 4, (90, 100)), ("*fp16", 2, 2, (80, 89, "gfx942")), ("*bf16", 2, 2, (80, 89, "gfx942")),
-                                          ("*i8", 2, 5, (90, 100)), ("*i8", 2, 2, (80, 89, "gfx942")), ("*bf16", 4, 3, (90, 100)), ("*i8", 4, 3, (90, 100))]:  # fmt: skip
+for _type, _slices, _stages, _targets in [("*bf16", 2, 5, (90, 100)), ("*fp16", 2, 3, (90, 100)), ("*fp16", 2, 2, (80, 89, "gfx942")), ("*bf16", 2, 2, (80, 89, "gfx942")),
+                                          ("*i8", 2, 5, (90, 100)), ("*i8", 2, 3, (90, 100)), ("*i8", 2, 2, (80, 89, "gfx942")), ("*bf16", 4, 3, (90, 100)), ("*i8", 4, 3, (90, 100))]:  # fmt: skip
     _int8_aot("_sliced_gemm_kernel", dict(EVEN_K=True, FEW=_slices == 2, SLICES=_slices, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256), _slices, _targets, _stages, x_ptr=_type)
 for _type, _targets in [("*fp32", None), ("*fp16", (75,)), ("*bf16", (75,))]:  # sm_75 multiplies 16 bits in float32
     for _block_m, _warps in [(16, 4), (32, 8)]:
@@ -4911,11 +4917,11 @@ for _blocks, _promote, _m, _n, _k, _warps, _stages in [
                     {"BLOCKS": _blocks, "PROMOTE": _promote, "IEEE": False, "EVEN_K": True, "SPLIT": 1, "BLOCK_M": _m,
                      "BLOCK_N": _n, "BLOCK_K": min(_k, 128) if _type == "u8" else _k, "STAGES": _stages if 90 in _targets else min(_stages, 3)},
                     _warps, _targets, {"num_stages": _stages if 90 in _targets else min(_stages, 3)}))  # fmt: skip
-for _blocks, _m, _stages in [(True, 64, 6), (False, 128, 4), (True, 128, 4), (True, 128, 6)]:  # Hopper, few tiles
+for _blocks, _m, _n, _stages in [(True, 64, 64, 6), (False, 64, 64, 4), (True, 64, 128, 6), (True, 64, 128, 4), (False, 128, 64, 4), (True, 128, 64, 4), (True, 128, 64, 6)]:  # Hopper, few tiles
     AOT.append(("fp8_gemm", "_gemm_kernel",
                 {"a_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
-                {"BLOCKS": _blocks, "PROMOTE": True, "IEEE": False, "EVEN_K": True, "SPLIT": 1, "BLOCK_M": _m, "BLOCK_N": 64,
-                 "BLOCK_K": 128, "STAGES": _stages}, 4, [90], {"num_stages": _stages}))  # fmt: skip
+                {"BLOCKS": _blocks, "PROMOTE": True, "IEEE": False, "EVEN_K": True, "SPLIT": 1, "BLOCK_M": _m, "BLOCK_N": _n,
+                 "BLOCK_K": 128, "STAGES": _stages}, 4, [90, 100] if _m == 64 else [90], {"num_stages": _stages}))  # fmt: skip
 for _blocks, _promote, _m, _stages, _split in [(False, False, 16, 6, 4), (True, True, 32, 6, 2), (True, True, 64, 6, 3), (False, False, 128, 4, 3), (True, True, 128, 4, 6)]:
     AOT.append(("fp8_gemm", "_gemm_kernel",
                 {"a_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*fp32", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
