@@ -741,7 +741,7 @@ def _fp8_gemm_triton(a, b, a_scale, b_scale, dtype, bias, fast_accum, blocks) ->
                 stages = 8
         elif stages == 6:  # all tiles at once, up to four on an SM. us, M = 64: 3584 x 18944 26.6, with six stages 30.5
             stages = 6 if N <= 128 * sms else 4 if N <= 192 * sms else 3 if N <= 256 * sms or rows > 16 else 8
-            if blocks and rows > 32:  # 3584 x 18944 29.7, by 64 columns 30.5; 5120 x 13824 27.7 and 29.1
+            if blocks and rows > 32 and on_hopper:  # sm_100 would spill. 5120 x 13824 27.7, by 64 columns 29.1
                 block_n, stages = 128, max(stages, 4)
     elif split > 1:
         block_n, block_k, warps, stages = 64, 128, 4, 4

@@ -787,7 +787,8 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
             rule = _few_rows_tile if torch.compiler.is_compiling() else _few_rows_tile_cached
             block_n, split, stages = rule(rows <= 32, N, K, sms)
             # no launch for the order of x: (4096, 4096), M = 32: 11.7, with it 12.9; (2048, 2048), M = 64: 8.3 and 9.2
-            permuted = 2 if rows <= 32 or N * K <= 2**23 or (block_n == 128 and split > 1) else 1
+            brief = not _OLD_TRITON and (N * K <= 2**23 or (block_n == 128 and split > 1))  # 3.4 would spill
+            permuted = 2 if rows <= 32 or brief else 1
     elif w8a8 and block_m == 128:
         block_n, block_k, warps = 128, 64, 8
     elif w8a8:  # all tiles at once, up to four on an SM: (3584, 18944), M = 64: 28.3, with six stages 32.4

@@ -3778,7 +3778,7 @@ for _type, _blocks, _warps, _stages, _split in [
     ("bf16", (256, 0, 64, 64), 4, 3, 1), ("fp16", (128, 64, 64, 64), 4, 4, 1), ("bf16", (128, 64, 64, 64), 4, 4, 2),
 ]:  # fmt: skip
     _m, _more, _n, _k = _blocks
-    _tile = dict(_int8_tile, PERMUTED=2 if _m == 32 or (_m, _type) == (64, "fp16") else 1, SPLIT=_split, BLOCK_M=_m, MORE_M=_more, BLOCK_N=_n, BLOCK_K=_k)
+    _tile = dict(_int8_tile, PERMUTED=2 if _m == 32 or ((_m, _type) == (64, "fp16") and not int8_gemm._OLD_TRITON) else 1, SPLIT=_split, BLOCK_M=_m, MORE_M=_more, BLOCK_N=_n, BLOCK_K=_k)
     if _more:
         del _tile["more_x_ptr"]
     _int8_aot("_gemm_kernel", _tile, _warps, (90,), _stages, x_ptr=f"tensordesc<{_type}[{_m},{_k}]>", more_x_ptr=f"tensordesc<{_type}[{_more},{_k}]>",
@@ -4921,7 +4921,7 @@ for _blocks, _m, _n, _stages in [(True, 64, 64, 6), (False, 64, 64, 4), (True, 6
     AOT.append(("fp8_gemm", "_gemm_kernel",
                 {"a_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*bf16", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
                 {"BLOCKS": _blocks, "PROMOTE": True, "IEEE": False, "EVEN_K": True, "SPLIT": 1, "BLOCK_M": _m, "BLOCK_N": _n,
-                 "BLOCK_K": 128, "STAGES": _stages}, 4, [90, 100] if _m == 64 else [90], {"num_stages": _stages}))  # fmt: skip
+                 "BLOCK_K": 128, "STAGES": _stages}, 4, [90, 100] if _m == _n else [90], {"num_stages": _stages}))  # fmt: skip
 for _blocks, _promote, _m, _stages, _split in [(False, False, 16, 6, 4), (True, True, 32, 6, 2), (True, True, 64, 6, 3), (False, False, 128, 4, 3), (True, True, 128, 4, 6)]:
     AOT.append(("fp8_gemm", "_gemm_kernel",
                 {"a_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*fp32", "stride_am": "i32", "stride_wn": "i32"} | _fp8_pointers | _fp8_scales,
