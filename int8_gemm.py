@@ -749,7 +749,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         return y
     sliced, crowded = rows <= 16 and not (wide or ieee), N > 32 * sms
     # us at (28672, 8192), M = 8: 70, without the mask 83
-    few = bool(N > 16 * sms and rows <= (8 if sliced and crowded and not w8a8 else 4))
+    few = rows <= (0 if N <= 16 * sms else 8 if sliced and crowded and not w8a8 else 4)
     if sliced:
         # us at (14336, 4096), M = 16: 24.4, unsliced 29.6. Three stages leave room for a third program on an SM:
         # (8192, 8192) 25.9, with four 29.9. Behind a mask five hide more: (14336, 4096), M = 4: 24.2, four 26.3
