@@ -709,26 +709,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     scale, bias = scale.contiguous(), bias if bias is None else bias.contiguous()
     capability, sms = _gpu(x)
     if M == 1:
-        # As many programs as the SMs hold at once, where they can: (16384, 6144) 29.7 us (H200), by 4 channels and 1024
-        # columns 35.3. (4096, 14336) 19.1, where to read the weight takes 17.0
-        row = _row_block(K) if w8a8 and K <= 16384 else 0  # in one launch: the host's time of a call 21 us, by two 37
-        if row and K > 8192:
-            block_n, block_k, warps = (8, 2048, 4) if N <= 40 * sms else (8, 1024, 4)
-        elif row and N > 72 * sms:
-            block_n, block_k, warps = (16, 512, 2) if N <= 144 * sms else (8, 1024, 4)
-        elif row:
-            block_n, block_k, warps = (4, 2048, 4) if N <= 20 * sms else (8, 512, 2) if K % 1024 else (8, 1024, 4)
-        elif N <= 20 * sms:
-            block_n, block_k, warps = 2, 2048, 4
-        elif K % 1024 and K <= 8192:
-            block_n, block_k, warps = 4, 512, 2
-        elif N <= 40 * sms or N > 144 * sms or (w8a8 and K % 1024):  # W8A8, (29568, 8192): 72, with 8 channels 83
-            block_n, block_k, warps = 4, 1024, 4
-        else:
-            block_n, block_k, warps = (8, 1024, 4) if N <= 72 * sms else (8, 512, 2)
-        x, x_scale = _quantize_rows(x) if w8a8 and not row else (x, None)
-        scalars = N, K, weight.stride(0), row, bool(K % block_k == 0), block_n, block_k
-        _enqueue(_one_row_kernel, -(-N // block_n), (x, weight, x_scale, scale, bias, y), scalars, num_warps=warps)
+        _int8_gemm_row(x, weight, scale, bias, y, w8a8, sms)
         return y
     x, x_scale = _quantize_rows(x) if w8a8 else (x, None)
     rows, ieee = _rule_rows(M), not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
@@ -741,81 +722,109 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         _int8_gemm_groups(x, weight, scale, bias, y, sms)
         return y
     memory = capability[0] in (9, 10)  # 227 kB of shared memory on an SM, most others 100
-    wide, widest = N > 64 * sms, N > 128 * sms  # many channels: the SMs are busy without dividing the work finely
     # us at (4096, 14336), W8A16 by _gemm_kernel and with the weight widened before: M = 512 104, 134; M = 1024 227, 212
     many = rows > 64 and -(-rows // 64) * -(-N // 128) > sms if w8a8 else rows > 768 and not ieee
     if memory and many and N * y.element_size() % 16 == 0:
         _int8_gemm_tma(x, weight, x_scale, scale, bias, y, capability, sms)
         return y
-    sliced, crowded = rows <= 16 and not (wide or ieee), N > 32 * sms
-    # us at (28672, 8192), M = 8: 70, without the mask 83
-    few = rows <= (0 if N <= 16 * sms else 8 if sliced and crowded and not w8a8 else 4)
-    if sliced:
+    if rows <= 16 and N <= 64 * sms and not ieee:
         # us at (14336, 4096), M = 16: 24.4, unsliced 29.6. Three stages leave room for a third program on an SM:
-        # (8192, 8192) 25.9, with four 29.9. Behind a mask five hide more: (14336, 4096), M = 4: 24.2, four 26.3
+        # (8192, 8192) 25.9, four 29.9. Behind a mask five hide more: (14336, 4096), M = 4: 24.2, four 26.3. Beside many
+        # programs it pays up to 8 rows: (28672, 8192), M = 8: 70, without 83
+        few = rows <= (0 if N <= 16 * sms else 4 if N <= 32 * sms or w8a8 else 8)
         if memory and not w8a8 and N <= 16 * sms:  # (8192, 1024) 9.0, in two slices 11.9
             slices, stages = 4, 3
         else:
-            slices, stages = 2, 2 if not memory else 3 if crowded else 5 if w8a8 or few else 4
+            slices, stages = 2, 2 if not memory else 3 if N > 32 * sms else 5 if w8a8 or few else 4
         scalars = M, N, K, x.stride(0), weight.stride(0), bool(K % (256 * slices) == 0), few, slices, 16, 16, 256
         tensors = x, weight, x_scale, scale, bias, y
         _enqueue(_sliced_gemm_kernel, -(-N // 16), tensors, scalars, num_warps=slices, num_stages=stages)
         return y
-    permuted = int(capability[0] == 9 and rows > 16 and not (ieee or w8a8))
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 or ieee else 64 if rows <= 64 or (w8a8 and memory) else 128
-    more_m, block_n, block_k, warps, stages = 0, 64, 128, 4, 4 if memory else 3
-    if ieee:
-        block_k, warps, stages = 32, 4 if rows <= 16 else 8, 2
-    elif permuted:  # us at (4096, 14336), M = 64: 27, F.linear 39
-        if rows > 128:
-            # (BLOCK_M, MORE_M, BLOCK_N, BLOCK_K, stages) and its ns for 10 of K: the least time, that to add parts of K
-            # up included, is taken: within 2 % of the best in 45 products, M = 192 to 640
-            least, choices = None, (
-                ((128, 0, 64, 128, 3), 35), ((128, 64, 64, 64, 4), 56), ((256, 0, 64, 64, 3), 61),
-                ((128, 0, 128, 64, 4), 62),
-            )  # fmt: skip
-            for tile, ns in choices[: 4 if widest else 3 if N > 16 * sms else 2]:
-                tiles = -(-rows // (tile[0] + tile[1])) * -(-N // tile[2])
-                parts = _parts(tiles, rows, N, K, False, sms)
-                turns = 1 if tiles * parts <= sms else 2 * -(-tiles * parts // (2 * sms))
-                time = turns * (K * ns // parts + 10000) + (30000 + parts * rows * N // 75 if parts > 1 else 0)
-                if least is None or time < least:
-                    (block_m, more_m, block_n, block_k, stages), least = tile, time
-        elif rows > 64:
-            block_n, block_k, stages = (128, 64, 4) if widest else (64, 128, 3)
-        else:
-            rule = _few_rows_tile if torch.compiler.is_compiling() else _few_rows_tile_cached
-            block_n, split, stages = rule(rows <= 32, N, K, sms)
-            # no launch for the order of x: (4096, 4096), M = 32: 11.7, with it 12.9; (2048, 2048), M = 64: 8.3 and 9.2
-            brief = not _OLD_TRITON and (N * K <= 2**23 or (block_n == 128 and split > 1))  # 3.4 would spill
-            permuted = 2 if rows <= 32 or brief else 1
-    elif w8a8 and block_m == 128:
-        block_n, block_k, warps = 128, 64, 8
-    elif w8a8:  # all tiles at once, up to four on an SM: (3584, 18944), M = 64: 28.3, with six stages 32.4
-        stages = 3 if not memory or N > 192 * sms else 4 if widest else 6
-    elif rows <= 16:  # us at (8192, 28672): 70, by the second tile 75; (8192, 10240) 33, by the first 40
-        block_n, block_k, warps, stages = (
-            (32, 128, 2, 6) if not memory else (64, 256, 2, 3) if widest else (32, 256, 2, 4)
-        )  # fmt: skip
-    elif block_m == 128:
-        warps, stages = (4, 3) if memory else (8, 2)
+    tile, permuted, split, warps, stages = _tile(rows, N, K, w8a8, ieee, capability, sms)
+    block_m, more_m, block_n, block_k = tile
     strides, more_x = (x.stride(0), weight.stride(0)), None
     if permuted:
         x = _for_tma(x) if permuted == 2 else _cast_rows(x, x.dtype, permuted=block_m + more_m)
         more_x = TensorDescriptor.from_tensor(x, [more_m, block_k]) if more_m else None
         x = TensorDescriptor.from_tensor(x, [block_m, block_k])
         weight = TensorDescriptor.from_tensor(_for_tma(weight), [block_n, block_k])
-    tiles_n, tile_m = -(-N // block_n), block_m + more_m
-    if not permuted or rows > 64:
-        split = 1 if rows <= 16 or ieee else _parts(-(-rows // tile_m) * tiles_n, rows, N, K, w8a8, sms)
     out = y if split == 1 else y.new_empty(split, M, N, dtype=torch.int32 if w8a8 else torch.float32)
-    whole = bool(K % block_k == 0)
-    scalars = M, N, K, *strides, ieee, permuted, whole, few, split, block_m, more_m, block_n, block_k
-    tensors = x, more_x, weight, x_scale, scale, bias, out
-    _enqueue(_gemm_kernel, -(-M // tile_m) * tiles_n * split, tensors, scalars, num_warps=warps, num_stages=stages)
+    whole, few = bool(K % block_k == 0), rows <= (0 if N <= 16 * sms else 4)
+    scalars = M, N, K, *strides, ieee, permuted, whole, few, split, *tile
+    tensors, programs = (x, more_x, weight, x_scale, scale, bias, out), -(-M // (block_m + more_m)) * -(-N // block_n)
+    _enqueue(_gemm_kernel, programs * split, tensors, scalars, num_warps=warps, num_stages=stages)
     if split > 1:
         _enqueue(_add_parts_kernel, M * -(-N // 1024), (out, x_scale, scale, bias, y), (M, N, split, 1024), num_warps=4)
     return y
+
+
+def _int8_gemm_row(x, weight, scale, bias, y, w8a8, sms):
+    """Fills y, one row."""
+    K, N = x.shape[1], weight.shape[0]
+    # As many programs as the SMs hold at once, where they can: (16384, 6144) 29.7 us (H200), by 4 channels and 1024
+    # columns 35.3. (4096, 14336) 19.1, where to read the weight takes 17.0
+    row = _row_block(K) if w8a8 and K <= 16384 else 0  # in one launch: the host's time of a call 21 us, by two 37
+    if row and K > 8192:
+        block_n, block_k, warps = (8, 2048, 4) if N <= 40 * sms else (8, 1024, 4)
+    elif row and N > 72 * sms:
+        block_n, block_k, warps = (16, 512, 2) if N <= 144 * sms else (8, 1024, 4)
+    elif row:
+        block_n, block_k, warps = (4, 2048, 4) if N <= 20 * sms else (8, 512, 2) if K % 1024 else (8, 1024, 4)
+    elif N <= 20 * sms:
+        block_n, block_k, warps = 2, 2048, 4
+    elif K % 1024 and K <= 8192:
+        block_n, block_k, warps = 4, 512, 2
+    elif N <= 40 * sms or N > 144 * sms or (w8a8 and K % 1024):  # W8A8, (29568, 8192): 72, with 8 channels 83
+        block_n, block_k, warps = 4, 1024, 4
+    else:
+        block_n, block_k, warps = (8, 1024, 4) if N <= 72 * sms else (8, 512, 2)
+    x, x_scale = _quantize_rows(x) if w8a8 and not row else (x, None)
+    scalars = N, K, weight.stride(0), row, bool(K % block_k == 0), block_n, block_k
+    _enqueue(_one_row_kernel, -(-N // block_n), (x, weight, x_scale, scale, bias, y), scalars, num_warps=warps)
+
+
+def _tile(M: int, N: int, K: int, w8a8: bool, ieee: bool, capability: tuple[int, int], sms: int):
+    """For _gemm_kernel: (BLOCK_M, MORE_M, BLOCK_N, BLOCK_K), PERMUTED, SPLIT, warps and stages."""
+    memory, widest = capability[0] in (9, 10), N > 128 * sms
+    block_m = 16 if M <= 16 else 32 if M <= 32 or ieee else 64 if M <= 64 or (w8a8 and memory) else 128
+    more_m, block_n, block_k, warps, stages, permuted = 0, 64, 128, 4, 4 if memory else 3, 0
+    if ieee:
+        block_k, warps, stages = 32, 4 if M <= 16 else 8, 2
+    elif w8a8 and block_m == 128:
+        block_n, block_k, warps = 128, 64, 8
+    elif w8a8:  # all tiles at once, up to four on an SM: (3584, 18944), M = 64: 28.3 us (H200), with six stages 32.4
+        stages = 3 if not memory or N > 192 * sms else 4 if widest else 6
+    elif M <= 16:  # us at (8192, 28672): 70, by the second tile 75; (8192, 10240) 33, by the first 40
+        block_n, block_k, warps, stages = (
+            (32, 128, 2, 6) if not memory else (64, 256, 2, 3) if widest else (32, 256, 2, 4)
+        )  # fmt: skip
+    elif capability[0] != 9:
+        warps, stages = (4, stages) if M <= 64 else (4, 3) if memory else (8, 2)
+    elif M <= 64:
+        rule = _few_rows_tile if torch.compiler.is_compiling() else _few_rows_tile_cached
+        block_n, split, stages = rule(M <= 32, N, K, sms)
+        # no launch for the order of x: (4096, 4096), M = 32: 11.7, with it 12.9; (2048, 2048), M = 64: 8.3 and 9.2
+        brief = not _OLD_TRITON and (N * K <= 2**23 or (block_n == 128 and split > 1))  # 3.4 would spill
+        return (block_m, 0, block_n, block_k), 2 if M <= 32 or brief else 1, split, warps, stages
+    elif M <= 128:
+        block_n, block_k, stages, permuted = *((128, 64, 4) if widest else (64, 128, 3)), 1
+    else:
+        # (BLOCK_M, MORE_M, BLOCK_N, BLOCK_K, stages) and its ns for 10 of K: the least time, that to add parts of K up
+        # included, is taken: within 2 % of the best in 45 products, M = 192 to 640
+        least, permuted, choices = None, 1, (
+            ((128, 0, 64, 128, 3), 35), ((128, 64, 64, 64, 4), 56), ((256, 0, 64, 64, 3), 61),
+            ((128, 0, 128, 64, 4), 62),
+        )  # fmt: skip
+        for tile, ns in choices[: 4 if widest else 3 if N > 16 * sms else 2]:
+            tiles = -(-M // (tile[0] + tile[1])) * -(-N // tile[2])
+            parts = _parts(tiles, M, N, K, False, sms)
+            turns = 1 if tiles * parts <= sms else 2 * -(-tiles * parts // (2 * sms))
+            time = turns * (K * ns // parts + 10000) + (30000 + parts * M * N // 75 if parts > 1 else 0)
+            if least is None or time < least:
+                (block_m, more_m, block_n, block_k, stages), least = tile, time
+    tiles = -(-M // (block_m + more_m)) * -(-N // block_n)
+    split = 1 if M <= 16 or ieee else _parts(tiles, M, N, K, w8a8, sms)
+    return (block_m, more_m, block_n, block_k), permuted, split, warps, stages
 
 
 def _few_rows_tile(fewer: bool, N: int, K: int, sms: int) -> tuple[int, int, int]:
