@@ -74,8 +74,8 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
         keep = 0.0
     elif kind == "llama3":
         low, high = entry("low_freq_factor"), entry("high_freq_factor")
-        if low == high:
-            raise ValueError(f"scaling's low_freq_factor and high_freq_factor must differ, got {low}")
+        if low >= high:
+            raise ValueError(f"scaling's high_freq_factor must be above low_freq_factor, got {high} and {low}")
         keep = ((trained * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     elif kind == "yarn":  # low and high: the pairs that turn beta_fast and beta_slow times within the trained length
         turns = given.get("beta_fast") or 32, given.get("beta_slow") or 1
@@ -581,7 +581,9 @@ class RotaryEmbedding(nn.Module):
         self._kept = self._build(max_seq_len, device)  # cos and sin, replaced together: other threads read them
 
     def _build(self, rows, device):
-        with torch.inference_mode(False), torch.no_grad():  # tables of inference mode could not serve training
+        # Tables of inference mode could not serve training. no_grad first: leaving inference_mode(False) turns gradients
+        # on where torch.export records the modes that it passes
+        with torch.no_grad(), torch.inference_mode(False):
             return build_rope_cache(rows, self.dim, self.base, scaling=self.scaling, device=device)
 
     def _tables(self, length: int, q: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
