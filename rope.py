@@ -581,8 +581,8 @@ class RotaryEmbedding(nn.Module):
         self._kept = self._build(max_seq_len, device)  # cos and sin, replaced together: other threads read them
 
     def _build(self, rows, device):
-        # Tables of inference mode could not serve training. no_grad first: leaving inference_mode(False) turns gradients
-        # on where torch.export records the modes that it passes
+        # Tables of inference mode could not serve training. no_grad comes first: inside inference_mode(False) its end
+        # would have torch.export record that gradients go on
         with torch.no_grad(), torch.inference_mode(False):
             return build_rope_cache(rows, self.dim, self.base, scaling=self.scaling, device=device)
 
