@@ -191,8 +191,8 @@ if triton is not None:
     @triton.jit(do_not_specialize=["M"])
     def _gated_mlp_tma_kernel(
         x_desc, w_desc, out_desc, gate_desc, up_desc,  # gate, up: None, or what the backward pass needs
-        M, end, K, ACT: tl.constexpr, UP_FIRST: tl.constexpr, WEIGHT_LEFT: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr
+        M, end, K, ACT: tl.constexpr, UP_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+        BLOCK_K: tl.constexpr
     ):  # fmt: skip
         """The columns before end, in tiles that the programs take in turns."""
         GROUP_M: tl.constexpr = 8  # rows of tiles that share the weights in L2; 2 costs 11 % at 2048 rows
@@ -204,14 +204,12 @@ if triton is not None:
             # TMA is slow on rows past the end: the last tile moves up and computes some of its neighbour's rows again
             m = tl.maximum(tl.minimum(m, M - BLOCK_M), 0)
             i = tile % (GROUP_M * tiles_i) // group * BLOCK_I
-            acc = tl.zeros((2 * BLOCK_I, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, 2 * BLOCK_I), tl.float32)
+            acc = tl.zeros((BLOCK_M, 2 * BLOCK_I), tl.float32)
             for k in range(0, tl.cdiv(K, BLOCK_K)):
                 x = x_desc.load([m, k * BLOCK_K])
                 # rows of gate stacked on rows of up: one product twice as wide, which the tensor cores do faster
                 w = w_desc.load([0, i, k * BLOCK_K]).reshape(2 * BLOCK_I, BLOCK_K)
-                acc = tl.dot(w, x.T, acc) if WEIGHT_LEFT else tl.dot(x, w.T, acc)
-            if WEIGHT_LEFT:
-                acc = acc.T
+                acc = tl.dot(x, w.T, acc)
             gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_I)), (0, 2, 1)))
             if UP_FIRST:
                 gate, up = up, gate
@@ -455,35 +453,45 @@ def _gated_mlp_forward(x, gate_weight, up_weight, activation, dtype, save):
 
 
 def _gated_mlp_tma(x, gate_weight, up_weight, made, activation):
-    # H200, 4096 x 14336 bf16: 66 us at M = 16, 73 at 128, 659 at 2048; cuBLAS and swiglu_fused take 70, 76 and 696
+    # H200, 4096 x 14336 bf16: 65 us at M = 16, 70 at 128, 602 at 2048; cuBLAS and swiglu_fused take 69, 76 and 644
     (M, K), I = x.shape, made[0].shape[1]
-    if M <= 64:  # the weights' bytes: small programs. M = 64 at 3584 x 18944 79 us, in steps of 64 and three stages 92
-        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = (16, 32, 128, 4, 3) if M <= 16 else (64, 64, 128, 4, 4)
-        if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
-            stages = 3  # on sm_100 Triton 3.4 wants 270 kB of shared memory for four
-    else:  # 128 x 256 with both weights: what the tensor cores like best
-        BLOCK_M, BLOCK_I, BLOCK_K, warps, stages = 128, 128, 64, 8, 4
-    end, tiles_m = I, triton.cdiv(M, BLOCK_M)
-    programs = tiles_m * triton.cdiv(I, BLOCK_I)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    if not torch.compiler.is_compiling():  # there M may be a symbol
-        # cuBLAS takes over where our tiles would leave processors idle: all columns, if these are few (24 us at M = 64,
-        # 7168 x 2048, not 32) or a fifth of the tiles' rows lies past M (120 at M = 300, not 135), else those of a last
-        # wave of tiles that is not full (231 at M = 768, not 257)
-        waves, last = divmod(programs, processors)
-        few = I <= 16 * processors and K >= 2048 and M <= (128 if up_weight is None else 16)
-        if x.is_cuda and (few or (128 < M <= 384 and M < 0.8 * BLOCK_M * tiles_m)):
-            end = 0
-        elif M > 64 and 2 * programs <= processors:  # 30 us instead of 44 at 256 x 4096 x 4096
-            BLOCK_I, stages = 64, 6
-        elif x.is_cuda and M > 64 and last < 0.75 * processors:
-            end = waves * processors // tiles_m * BLOCK_I
-        if end < I:
-            _gated_mlp_rest(x, gate_weight, up_weight, made, activation, end)
-        if not end:
-            return
-    if M > 64:
-        programs = min(tiles_m * triton.cdiv(end, BLOCK_I), processors)
+    end, tiles_m, BLOCK_I = I, triton.cdiv(M, 128), 0 if M <= 64 else 128
+    if x.is_cuda and M > 64 and not torch.compiler.is_compiling():  # there M may be a symbol
+        # What takes least, in times of a tile of 128 x 128: all columns by such tiles, by halves of them, by small
+        # ones, or cuBLAS for those past the last full wave or, where its tiles fit M better, for all. us (H200):
+        # M = 768 at 4096 x 14336 231 (without cuBLAS 265), M = 160 78 (96); by halves M = 384 at 2048 x 8192 40 (48);
+        # by small tiles M = 128 at 1024 x 3072 8.3 (10.0)
+        waves, rows = tiles_m * triton.cdiv(I, 128) / processors, M / (128 * tiles_m)
+        costs = [(math.ceil(waves), I, 128), (0.54 * math.ceil(2 * waves), I, 64)] + [(0.36, I, 0)] * (waves <= 0.25)
+        fits = 128 < M <= 384 and rows < 0.8
+        for full in {int(waves), 0 if fits else int(waves)} if M > 128 or waves >= 1 else ():
+            rest = 1.1 * (waves - full) * (rows if fits else 1) + (700 if full else 400) / K
+            costs.append((full + rest, full * processors // tiles_m * 128, 128))
+        _, end, BLOCK_I = min(costs)
+    if end < I:
+        _gated_mlp_rest(x, gate_weight, up_weight, made, activation, end)
+    if not end:
+        return
+    if BLOCK_I:  # 128 x 256 with both weights: what the tensor cores like best
+        BLOCK_M, BLOCK_K, warps, stages = 128, 64, *((8, 4) if BLOCK_I == 128 else (4, 6))
+    else:  # the weights' bytes: small tiles
+        BLOCK_M, BLOCK_I, BLOCK_K, warps = 16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4
+        tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(I, 64)
+        turns = triton.cdiv(tiles, processors)
+        if 4 * tiles <= processors:  # 8.8 us at M = 16, 2048 x 2048; by 32 columns 9.2, cuBLAS 10.0
+            BLOCK_I, BLOCK_K, warps, stages = 16, 256 if M <= 32 else 128, 2 if M <= 16 else 4, 6 if M <= 32 else 8
+        elif 2 * tiles <= processors:  # 24 us at M = 16, 4096 x 4096; by 64 columns 25, in three stages 31
+            BLOCK_I, stages = 32, 6
+        elif M <= 32:  # M = 32: 75 us at 3584 x 18944 (three stages 82), 58 at 4096 x 12288 (two stages 65)
+            stages = 4 if turns == 1 else 3 if turns == 2 else 2
+        else:  # 54 us at 4096 x 11008, in steps of 128 57
+            BLOCK_K, stages = 64 if turns == 2 else 128, 4
+        if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] != 9:
+            stages = min(stages, 3)  # on sm_100 Triton 3.4 wants 270 kB of shared memory for four
+    programs = triton.cdiv(M, BLOCK_M) * triton.cdiv(end, BLOCK_I)
+    if BLOCK_M == 128:
+        programs = min(programs, processors)
     box, first = [2, BLOCK_I, BLOCK_K], gate_weight
     if up_weight is None:
         w = TensorDescriptor.from_tensor(gate_weight.unflatten(0, (2, I)), box)
@@ -493,7 +501,7 @@ def _gated_mlp_tma(x, gate_weight, up_weight, made, activation):
         w = TensorDescriptor(first, [2, I, K], [apart, first.stride(0), 1], box)
     made = [t if t is None else TensorDescriptor.from_tensor(t, [BLOCK_M, BLOCK_I]) for t in made]
     tensors = TensorDescriptor.from_tensor(x, [BLOCK_M, BLOCK_K]), w, *made
-    scalars = M, end, K, activation, first is up_weight, M <= 16, BLOCK_M, BLOCK_I, BLOCK_K
+    scalars = M, end, K, activation, first is up_weight, BLOCK_M, BLOCK_I, BLOCK_K
     _enqueue(_gated_mlp_tma_kernel, programs, tensors, scalars, num_warps=warps, num_stages=stages)
 
 

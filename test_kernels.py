@@ -2753,13 +2753,45 @@ def test_gated_mlp_weights_far_apart(monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("rows", [4, 70])
-def test_gated_mlp_few_columns(rows):
-    """Where cuBLAS serves all of them."""
-    for act in swiglu._ACTIVATIONS:
-        args = _gated_inputs((rows, 2048), 40, torch.bfloat16, grad="")
-        check(swiglu, swiglu.fused_gated_mlp, swiglu.gated_mlp_torch, *args, activation=act)
-        check(swiglu, swiglu.fused_gated_mlp, swiglu.gated_mlp_torch, args[0], torch.cat(args[1:]), activation=act)
+def test_gated_mlp_launches(monkeypatch):
+    """Every tile of the launch rule and cuBLAS beside it, which a GPU of few processors meets at small sizes."""
+    seen, enqueue, rest = set(), swiglu._enqueue, swiglu._gated_mlp_rest
+
+    def launch(kernel, programs, tensors, scalars, **options):
+        if kernel is swiglu._gated_mlp_tma_kernel:
+            seen.add((*scalars[-3:], options["num_stages"]))
+        enqueue(kernel, programs, tensors, scalars, **options)
+
+    real = torch.cuda.get_device_properties(DEVICE)
+    facts = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+    monkeypatch.setattr(swiglu, "_enqueue", launch)
+    monkeypatch.setattr(swiglu, "_gated_mlp_rest", lambda *args: (seen.add(("cuBLAS from", args[-1])), rest(*args)))
+    small = {(M, 512, P) for M in (9, 25, 50) for P in (1, 2, 3, 6, 12)}
+    for M, K, P in sorted(small | {(150, 4000, 3), *((400, 4000, P) for P in (5, 8, 16, 32))}):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(**facts | {"multi_processor_count": P}))
+        args = _gated_inputs((M, K), 168, torch.bfloat16, grad="")
+        check(swiglu, swiglu.fused_gated_mlp, swiglu.gated_mlp_torch, *args)
+        check(swiglu, swiglu.fused_gated_mlp, swiglu.gated_mlp_torch, args[0], torch.cat(args[1:]))
+    if torch.cuda.get_device_capability() == (9, 0):
+        few = {(M, *tile) for M in (16, 32) for tile in ((16, 256, 6), (32, 128, 6), (64, 128, 4), (64, 128, 3), (64, 128, 2))}
+        more = {(64, 16, 128, 8), (64, 32, 128, 6), (64, 64, 64, 4), (64, 64, 128, 4), (128, 64, 64, 6), (128, 128, 64, 4)}
+        assert seen == few | more | {("cuBLAS from", 0), ("cuBLAS from", 128)}
+
+
+@pytest.mark.parametrize("sizes", [(9, 64), (25, 64), (25, 200), (50, 200), (50, 400), (200, 200)])
+def test_gated_mlp_of_symbolic_sizes(monkeypatch, sizes):
+    """What torch.compile hands on where M, I and K are symbols: tiles, warps and stages must be numbers."""
+    mode, launched = torch._subclasses.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv()), []
+    monkeypatch.setattr(swiglu, "_enqueue", lambda kernel, programs, tensors, scalars, **options: launched.append((scalars, options)))
+    monkeypatch.setattr(swiglu, "TensorDescriptor", types.SimpleNamespace(from_tensor=lambda t, box: box))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    (M, I), K = sizes, 96
+    x, out = (mode.from_tensor(torch.zeros(M, n), static_shapes=False) for n in (K, I))
+    packed = types.SimpleNamespace(unflatten=lambda *sizes: None)  # torch 2.8 unflattens no fake tensor
+    with mode:
+        swiglu._gated_mlp_tma(x, packed, None, [out, None, None], "silu")
+    scalars, options = launched[0]
+    assert isinstance(scalars[0], torch.SymInt) and all(type(n) is int for n in (*scalars[-3:], *options.values())), launched
 
 
 @needs_gpu
@@ -2881,7 +2913,7 @@ def _gated_aot(kernel, targets, warps, stages, dtype="bf16", signature=_GATED_SI
 def _gated_tma_aot(BLOCK_M, BLOCK_I, BLOCK_K, warps, stages, keep, targets=(90, 100)):
     """keep: gate and up are kept for the backward pass."""
     blocks = {"x_desc": [BLOCK_M, BLOCK_K], "w_desc": [2, BLOCK_I, BLOCK_K], "out_desc": [BLOCK_M, BLOCK_I]}
-    constexprs = {"UP_FIRST": keep, "WEIGHT_LEFT": BLOCK_M == 16, "BLOCK_M": BLOCK_M, "BLOCK_I": BLOCK_I, "BLOCK_K": BLOCK_K}
+    constexprs = {"UP_FIRST": keep, "BLOCK_M": BLOCK_M, "BLOCK_I": BLOCK_I, "BLOCK_K": BLOCK_K}
     (blocks if keep else constexprs).update(dict.fromkeys(("gate_desc", "up_desc"), [BLOCK_M, BLOCK_I] if keep else None))
     signature = {n: f"tensordesc<bf16{b}>" for n, b in blocks.items()} | {"M": "i32", "end": "i32", "K": "i32"}
     return _gated_aot("_gated_mlp_tma_kernel", targets, warps, stages, signature=signature, **constexprs)
@@ -2898,9 +2930,10 @@ AOT += [
     _gated_aot("_gated_mlp_kernel", (75,), 8, 2, "fp32", IEEE=True, BLOCK_M=64, BLOCK_I=32, BLOCK_K=32),
     _gated_aot("_gated_mlp_kernel", (75,), 4, 3, "fp16", IEEE=True, BLOCK_M=16, BLOCK_I=32, BLOCK_K=32),
     _gated_aot("_gated_mlp_kernel", (75,), 8, 2, "fp16", IEEE=True, BLOCK_M=64, BLOCK_I=32, BLOCK_K=32),
-    _gated_tma_aot(16, 32, 128, 4, 3, False),
-    _gated_tma_aot(16, 32, 128, 4, 3, True),
-    *(_gated_tma_aot(64, 64, 128, 4, stages, keep, (target,)) for target, stages in ((90, 4), (100, 3)) for keep in (False, True)),
+    *(_gated_tma_aot(*tile, stages if target == 90 else min(stages, 3), keep, (target,)) for *tile, stages, keep in (
+        (16, 16, 256, 2, 6, False), (16, 64, 128, 4, 4, False), (32, 16, 256, 4, 6, False), (32, 64, 128, 4, 4, True),
+        (64, 16, 128, 4, 8, False), (64, 32, 128, 4, 6, True), (64, 64, 64, 4, 4, True), (64, 64, 128, 4, 4, True)) for target in (90, 100)),
+    _gated_tma_aot(128, 64, 64, 4, 6, True),
     _gated_tma_aot(128, 128, 64, 8, 4, False),
     _gated_tma_aot(128, 128, 64, 8, 4, True),
 ]  # fmt: skip
@@ -7731,19 +7764,20 @@ def test_trust_launches_on_the_tensors_device(monkeypatch, as_if_on_cuda_1):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_trust_gated_mlp_of_two_launches_writes_every_column(monkeypatch, as_if_on_cuda_1, packed):
-    """Three tiles on two processors: the last one goes to cuBLAS."""
+    """Five tiles on four processors: the last one goes to cuBLAS, where the product is long."""
     def product(a, b, out_dtype):
         return (a.to(out_dtype) @ b.to(out_dtype)).contiguous()
 
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(torch, "bmm", product)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    x, w = randn(80, 32, dtype=torch.float16), randn(2 * 304, 32, dtype=torch.float16)
-    made = [torch.full((80, 304), math.nan, dtype=torch.float16) for _ in range(3)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(multi_processor_count=4))
+    x, w = randn(80, 2560, dtype=torch.float16) * 0.1, randn(2 * 560, 2560, dtype=torch.float16) * 0.1
+    made = [torch.full((80, 560), math.nan, dtype=torch.float16) for _ in range(3)]
     starts, rest = [], swiglu._gated_mlp_rest
     monkeypatch.setattr(swiglu, "_gated_mlp_rest", lambda *args: (starts.append(args[-1]), rest(*args)))
     swiglu._gated_mlp_tma(x, *((w, None) if packed else w.chunk(2)), made, "silu")
-    assert starts == [256]
+    assert starts == [512]
     gate, up = (x.float() @ w.float().t()).chunk(2, -1)
     for got, want in zip(made, (F.silu(gate) * up, gate, up)):
         torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=2e-3)
@@ -8407,14 +8441,14 @@ def aot_results(aot_process):
 
 @pytest.mark.parametrize("job", range(len(aot_jobs())), ids=[f"{j[1]}-{j[5]}-{n}" for n, j in enumerate(aot_jobs())])
 def test_ahead_of_time(aot_results, job):
-    """The launches in AOT compile for their generations and spill nothing; but for up to 24 bytes of stack at a loop's edge, which
-    come and go with the release of ptxas and cost nothing that can be measured. .ci/architectures.py lists what larger tiles spill."""
+    """The launches in AOT compile for their generations and spill nothing; but for up to 32 bytes of stack (the gated MLP of 32 rows
+    under Triton 3.9), which come and go with the release of ptxas and cost nothing that can be measured. .ci/architectures.py lists what larger tiles spill."""
     result = aot_results[job]
     if "ld.lld" in result.get("error", ""):
         pytest.skip("this Triton needs ROCm's linker to compile for AMD")
     assert "error" not in result, result["error"]
     assert result["shared"] <= SHARED[aot_jobs()[job][5]]
-    assert result["spilled"] <= 24 and result["registers"] <= 512, result
+    assert result["spilled"] <= 32 and result["registers"] <= 512, result
 
 
 WRITES = {

@@ -130,6 +130,9 @@ def record(target):
             for dtype in (bf16, f32) if M in (1, 8, 64, 2048) else (bf16,):
                 run(f"gated MLP {M} rows {dtype}", lambda x, g, u: swiglu.fused_gated_mlp(x, g, u), new(M, 4096, dtype=dtype), new(14336, 4096, dtype=dtype), new(14336, 4096, dtype=dtype))
                 run(f"gated MLP {M} rows {dtype}, inference, packed", lambda x, w: swiglu.fused_gated_mlp(x, w), new(M, 4096, dtype=dtype, grad=False), new(28672, 4096, dtype=dtype, grad=False))
+        for M in (8, 32, 64, 128, 200, 256, 384):
+            for I in (2048, 4096, 8192, 20480):
+                run(f"gated MLP {M} rows to {I}", lambda x, w: swiglu.fused_gated_mlp(x, w), new(M, 2048), new(2 * I, 2048))
         for D in (64, 80, 128, 256):
             cos, sin = (new(4096, D // 2, dtype=f32, grad=False) for _ in range(2))
             for interleaved in (False, True) if D == 128 else (False,):
