@@ -335,6 +335,8 @@ if triton is not None:
             first_m = tile // (GROUP_M * tiles_n) * GROUP_M
             group_m = min(tiles_m - first_m, GROUP_M)
             m = (first_m + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M
+            # TMA is slow on rows past the end: the last tile moves up and computes some of its neighbour's rows again
+            m = tl.maximum(tl.minimum(m, M - BLOCK_M), 0)
             n = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N
             acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
             low = tl.zeros((ROWS, BLOCK_N), tl.float32)
@@ -392,6 +394,11 @@ if gluon is not None:
         return first_m + tile % group_m, tile // group_m
 
     @gluon.jit
+    def _row(m, group, GROUPS: gl.constexpr, M):
+        """A group's first; past the end moved up, as in _gemm_tma_kernel. TMA reads scales from multiples of 4 on."""
+        return gl.maximum(gl.minimum((m * GROUPS + group) * 64, gl.cdiv(M, 4) * 4 - 64), 0)
+
+    @gluon.jit
     def _load_tiles(a_desc, w_desc, scale_desc, buffers, sizes, BLOCKS: gl.constexpr):
         tiles_m, tiles_n, M, N, K = sizes
         a_bufs, w_bufs, scale_bufs, y_bufs, full, empty = buffers
@@ -406,7 +413,7 @@ if gluon is not None:
                 hopper.mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
                 hopper.mbarrier.expect(ready, (64 * GROUPS + 128) * 128 + (256 * GROUPS if BLOCKS else 0))
                 for group in gl.static_range(GROUPS):
-                    row = (m * GROUPS + group) * 64
+                    row = _row(m, group, GROUPS, M)
                     _tma_load(a_desc, [row, k], ready, a_bufs.index(stage * GROUPS + group))
                     if BLOCKS:
                         _tma_load(scale_desc, [k // 128, row], ready, scale_bufs.index(stage * GROUPS + group))
@@ -438,7 +445,7 @@ if gluon is not None:
                 hopper.mbarrier.arrive(empty.index(stage), count=1)
                 acc += low * scale if BLOCKS else low
                 step += 1
-            row, col = (m * GROUPS + group) * 64, n * 128
+            row, col = _row(m, group, GROUPS, M), n * 128
             offs_m = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
             offs_n = col + gl.arange(0, 128, gl.SliceLayout(0, layout))
             if not BLOCKS:

@@ -334,6 +334,8 @@ if triton is not None:
             first_m = tile // (GROUP_M * tiles_n) * GROUP_M
             group_m = min(tiles_m - first_m, GROUP_M)
             m = (first_m + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M
+            # TMA is slow on rows past the end: the last tile moves up and computes some of its neighbour's rows again
+            m = tl.maximum(tl.minimum(m, M - BLOCK_M), 0)
             n = tile % (GROUP_M * tiles_n) // group_m * BLOCK_N
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if x_scale_ptr is None else tl.int32)
             for k in range(0, K, BLOCK_K):

@@ -88,8 +88,10 @@ MUTATIONS = [
      "dx = None if ctx.needs_input_grad[0] else dgate @ gate_weight", "test_gated"),
     ("gated MLP: one descriptor, however far apart", "swiglu.py", "gate_weight.data_ptr()) < 2**40", "gate_weight.data_ptr()) < 2**62", "test_gated"),
     ("gated MLP: columns between two launches left out", "swiglu.py", "up_weight, made, activation, end)\n", "up_weight, made, activation, end + 8)\n", "test_gated or gated_mlp_of_two"),
+    ("gated MLP: a symbol for the stages", "swiglu.py", "stages = 4 if turns == 1 else 3 if turns == 2 else 2", "stages = max(5 - turns, 2)", "test_gated"),
     ("swiglu: a strided gradient", "swiglu.py", "_swiglu_backward(_rows(dout), _rows(gate), _rows(up), d, None", "_swiglu_backward(dout, _rows(gate), _rows(up), d, None", "test_gated or test_trust_gradients_of"),
     # ---- int8
+    ("int8: the last tile moved up a row too far", "int8_gemm.py", "tl.minimum(m, M - BLOCK_M)", "tl.minimum(m, M - BLOCK_M - 1)", "test_int8"),
     ("int8: halves rounded up", "int8_gemm.py", "return (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)", "return tl.floor(v + 0.5).to(tl.int8)", "test_int8_quantizer"),
     ("int8: an all-zero row", "int8_gemm.py", "return tl.where(scale == 0.0, 1.0, scale)", "return scale", "test_int8_quantizer"),
     ("int8: one row quantised, its scale forgotten", "int8_gemm.py", "            y *= x_scale\n        y = _finish(", "            y *= 1.0\n        y = _finish(", "test_int8_gemm"),
