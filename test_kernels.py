@@ -3025,7 +3025,8 @@ INT8_SHAPES = [(1, 1, 1), (1, 7, 127), (2, 127, 7), (16, 40, 64), (17, 33, 200),
 if GPU:
     INT8_SHAPES += [(1, 4099, 4099), (1, 4096, 14336), (5, 4099, 127), (16, 14336, 4096), (33, 256, 8192), (64, 4096, 4096),
                     (100, 2560, 2560), (256, 4096, 4096), (257, 1000, 4099), (300, 520, 4096), (150, 9000, 1000), (513, 4096, 1040), (700, 4096, 1024),
-                    (2048, 4096, 4096), (3000, 2568, 3584), (40, 14336, 520), (100, 9001, 1024), (300, 9000, 264)]  # fmt: skip
+                    (2048, 4096, 4096), (3000, 2568, 3584), (40, 14336, 520), (100, 9001, 1024), (300, 9000, 264),
+                    (130, 2048, 1400), (200, 1000, 1024), (256, 250, 4096)]  # fmt: skip
 # Triton's interpreter multiplies bfloat16 wrongly: there int8_gemm takes the twin, and bfloat16 is held on the GPU
 INT8_DTYPES = DTYPES if GPU else [torch.float32, torch.float16]
 
@@ -3079,7 +3080,7 @@ def test_int8_gemm_groups(tile, monkeypatch):
 def test_int8_gemm_groups_are_launched(monkeypatch):
     launched, run = [], int8_gemm._enqueue
     monkeypatch.setattr(int8_gemm, "_enqueue", lambda kernel, *args, **options: (launched.append(kernel), run(kernel, *args, **options)))
-    for M, N, groups in [(64, 4096, False), (65, 4096, True), (1536, 2048, True), (1537, 2048, False), (200, 1024, False), (400, 1024, True), (400, 1028, False)]:
+    for M, N, groups in [(64, 4096, False), (65, 4096, False), (65, 8200, True), (1536, 2048, True), (1537, 2048, False), (200, 1024, False), (400, 1024, True), (400, 1028, False)]:
         w, s = _int8_weight(N, 512)
         for dtype in (torch.bfloat16, torch.float32):
             launched.clear()
@@ -3108,6 +3109,26 @@ def test_int8_gemm_parts(monkeypatch):
         monkeypatch.setattr(int8_gemm, "_few_rows_tile_cached", lambda *sizes, tile=(block_n, parts, stages): tile)
         for w8a8 in (False, True) if w is small[0] else (False,):
             check(int8_gemm, int8_gemm.int8_gemm, int8_gemm.int8_gemm_torch, randn(M, w.shape[1], dtype=torch.float16), w, s, randn(w.shape[0]), quantize_activations=w8a8)
+
+
+@pytest.mark.parametrize("rows", [9, 20, 50, 100, 200, 300])
+@pytest.mark.parametrize("quantize_activations", [False, True])
+def test_int8_gemm_of_symbolic_sizes(monkeypatch, rows, quantize_activations):
+    """What torch.compile hands on where M, N and K are symbols: tiles, parts, warps and stages must be numbers."""
+    mode, launched = torch._subclasses.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv()), []
+    monkeypatch.setattr(int8_gemm, "_gpu", lambda t: ((9, 0), 132))
+    monkeypatch.setattr(int8_gemm, "_enqueue", lambda kernel, programs, tensors, scalars, **options: launched.append((scalars, options)))
+    monkeypatch.setattr(int8_gemm, "TensorDescriptor", types.SimpleNamespace(from_tensor=lambda t, box: box))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for N, K in ((40, 1100), (1000, 3000), (4096, 4096)):
+        x, w = (mode.from_tensor(torch.zeros(n, K, dtype=t), static_shapes=False) for n, t in ((rows, torch.float16), (N, torch.int8)))
+        with mode:
+            int8_gemm._int8_gemm_triton(x, w, torch.ones(N), None, quantize_activations)
+    plain = (int, bool)
+    for scalars, options in launched:
+        assert all(type(n) in plain for n in options.values()) and not any(isinstance(n, torch.SymBool) for n in scalars), launched
+        tile = scalars[-6:] if len(scalars) > 11 else scalars[-2:]  # SPLIT and the blocks of _gemm_kernel, or the blocks
+        assert all(type(n) in plain for n in tile), launched
 
 
 def test_int8_gemm_gradient_of_rows_that_are_not_finite():
@@ -3815,7 +3836,7 @@ for _type, _blocks, _warps, _stages, _targets in [
               _warps, _targets or (80, 89, 90, 100, "gfx942"), _stages, x_ptr=_type)  # fmt: skip
 for _type, _blocks, _warps, _stages, _split in [
     ("bf16", (32, 0, 64, 128), 4, 5, 4), ("fp16", (32, 0, 64, 128), 4, 4, 8), ("bf16", (32, 0, 128, 128), 4, 4, 4), ("bf16", (64, 0, 64, 128), 4, 5, 4),
-    ("fp16", (64, 0, 64, 128), 4, 5, 5), ("bf16", (64, 0, 128, 128), 4, 4, 1), ("fp16", (64, 0, 128, 128), 4, 4, 3), ("bf16", (128, 0, 64, 128), 4, 3, 8), ("bf16", (128, 0, 128, 64), 4, 4, 1), ("fp16", (256, 0, 64, 64), 4, 3, 1),
+    ("fp16", (64, 0, 64, 128), 4, 5, 5), ("fp16", (64, 0, 64, 128), 4, 4, 1), ("fp16", (64, 0, 64, 128), 4, 4, 8), ("bf16", (64, 0, 128, 128), 4, 4, 1), ("fp16", (64, 0, 128, 128), 4, 4, 3), ("bf16", (128, 0, 64, 128), 4, 3, 8), ("bf16", (128, 0, 128, 64), 4, 4, 1), ("fp16", (256, 0, 64, 64), 4, 3, 1),
     ("bf16", (256, 0, 64, 64), 4, 3, 1), ("fp16", (128, 64, 64, 64), 4, 4, 1), ("bf16", (128, 64, 64, 64), 4, 4, 2),
 ]:  # fmt: skip
     _m, _more, _n, _k = _blocks

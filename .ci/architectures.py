@@ -149,7 +149,7 @@ def record(target):
         rows = 1, 8, 16, 32, 33, 64, 100, 128, 192, 256, 300, 512, 640, 2048, 8192
         for M, gluon in [*((M, int8_gemm.gluon) for M in rows), *((M, None) for M in rows if M > 64 and target == 90)]:  # as torch.compile has it
             int8_gemm.gluon = fp8_gemm.gluon = gluon
-            for K, N in ((4096, 14336), (14336, 4096), (4096, 4096)):
+            for K, N in ((4096, 14336), (14336, 4096), (4096, 4096), (1024, 2048)):
                 w8, s = new(N, K, dtype=torch.int8), new(N, dtype=f32, grad=False)
                 for w8a8 in (False, True):
                     for dtype in (bf16, f32) if (M, N) in ((1, 4096), (8, 4096), (64, 4096), (2048, 4096)) else (bf16,):
