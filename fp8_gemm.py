@@ -1037,7 +1037,7 @@ class FP8Linear(nn.Module):
 
     def requantize(self) -> None:
         """Call it after writes that PyTorch does not record: by a method of `weight.data` (`weight.data.mul_()`,
-        `weight.data += d`), and by some collectives (torch.distributed.broadcast, all_reduce)."""
+        `weight.data += d`), by some collectives (torch.distributed.broadcast, all_reduce), by numpy() or DLPack."""
         self._cache = None
 
     def _cached_weight(self, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -1124,8 +1124,9 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    skip = skip if isinstance(skip, str) else set(skip or ())
-    if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
+    one = isinstance(skip, str) or not hasattr(skip, "__iter__")
+    skipped = set() if skip is None else {None} if one else set(skip)
+    if not all(isinstance(name, str) for name in skipped):
         raise TypeError(f"skip must be a sequence of names, got {skip!r}")
     if type(getattr(model, "_orig_mod", model)) is nn.Linear:
         raise ValueError("model must hold its nn.Linear modules, got one itself: use QuantizedLinear.from_linear")
@@ -1151,7 +1152,7 @@ def quantize_model(
         names.append((name, id(module)))
         if (
             parts[-1] == "_orig_mod"  # its compiled wrapper would go on running the float one
-            or skip & above.union(parts) or len(owners.get(memory(module.weight), ())) > 1
+            or skipped & above.union(parts) or len(owners.get(memory(module.weight), ())) > 1
             or module.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         ):  # fmt: skip
             left.add(id(module))  # under its other names, too

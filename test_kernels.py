@@ -3737,6 +3737,7 @@ ERRORS += [
     ("quantize_model: int", lambda: int8_gemm.quantize_model(3), TypeError, "model must be an nn.Module, got int"),
     ("quantize_model: skip", lambda: int8_gemm.quantize_model(nn.Sequential(nn.Linear(4, 4)), [nn.Linear]), TypeError, "skip must be a sequence of names, got .*Linear"),
     ("quantize_model: str", lambda: int8_gemm.quantize_model(nn.Sequential(nn.Linear(4, 4)), "lm_head"), TypeError, "skip must be a sequence.*lm_head"),
+    ("quantize_model: int", lambda: int8_gemm.quantize_model(nn.Sequential(nn.Linear(4, 4)), 5), TypeError, "skip must be a sequence of names, got 5"),
     ("quantize_model: Linear", lambda: int8_gemm.quantize_model(nn.Linear(4, 4)), ValueError, "from_linear"),
 ]  # fmt: skip
 
