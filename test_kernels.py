@@ -4017,17 +4017,24 @@ def test_fp8_gemm_groups_of_other_scales(monkeypatch):
         assert torch.equal(got, want[start : start + rows]) and launched[-1] is fp8_gemm._gemm_groups_kernel
 
 
-def test_fp8_gemm_of_a_symbolic_k(monkeypatch):
-    """What torch.compile hands on where K is a symbol: a constexpr can't be one."""
-    mode = torch._subclasses.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
-    launched = []
+@pytest.mark.parametrize("recipe", ["tensor", "row", "promoted", "block"])
+def test_fp8_gemm_of_symbolic_sizes(monkeypatch, recipe):
+    """What torch.compile hands on where M, N and K are symbols: tiles, parts, warps and stages must be numbers."""
+    launched, tails = [], {"_gemm_kernel": 9, "_gemm_tma_kernel": 5, "_gemv_kernel": 4, "_add_parts_kernel": 2}  # how many of the scalars
     monkeypatch.setattr(fp8_gemm, "_gpu", lambda t: ((9, 0), 132))
-    monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, programs, tensors, scalars, **options: launched.append(scalars))
+    monkeypatch.setattr(fp8_gemm, "_enqueue", lambda kernel, programs, tensors, scalars, **options: launched.append((kernel.fn.__name__, scalars, options)))
+    monkeypatch.setattr(fp8_gemm, "TensorDescriptor", types.SimpleNamespace(from_tensor=lambda t, box: box))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    a, w = (mode.from_tensor(torch.zeros(rows, 272).to(FP8), static_shapes=False) for rows in (20, 40))
-    with mode:
-        fp8_gemm._fp8_gemm_triton(a, w.t(), torch.ones(()), torch.ones(()), torch.float32, None, True, False)
-    assert isinstance(launched[0][2], torch.SymInt) and not any(isinstance(n, torch.SymBool) for n in launched[0])
+    for M, N, K in [(M, N, K) for M in (1, 20, 50, 100, 300) for N, K in ((40, 272), (2048, 7168), (9000, 1024), (20000, 256))]:
+        mode = torch._subclasses.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
+        a, w = (mode.from_tensor(torch.zeros(rows, K).to(FP8), static_shapes=False) for rows in (M, N))
+        scales = {"tensor": ((), ()), "block": ((M, -(-K // 128)), (-(-K // 128), -(-N // 128)))}.get(recipe, ((M, 1), (1, N)))
+        with mode:
+            fp8_gemm._fp8_gemm_triton(a, w.t(), *map(torch.ones, scales), torch.float32, None, recipe in ("tensor", "row"), recipe == "block")
+    assert {name for name, *_ in launched} == set(tails) or recipe == "tensor"
+    for name, scalars, options in launched:
+        assert all(type(n) in (int, bool) for n in (*scalars[-tails[name] :], *options.values())), (name, scalars, options)
+        assert any(isinstance(n, torch.SymInt) for n in scalars) and not any(isinstance(n, torch.SymBool) for n in scalars)
 
 
 def test_fp8_widening_is_exact(monkeypatch):
