@@ -715,7 +715,7 @@ def _int8_gemm_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         return y
     x, x_scale = _quantize_rows(x) if w8a8 else (x, None)
     rows, ieee = _rule_rows(M), not w8a8 and (x.dtype == torch.float32 or capability < (8, 0))
-    # parts of K do better: us at (8192, 1024), M = 128: 18, by groups 25; at (2048, 2048) 10.3 and 12.4
+    # Parts of K do better there. us, M = 128: (8192, 1024) 18, by groups 25; (2048, 2048) 10.3 and 12.4
     small = rows <= 256 and (N < 2048 or bool(_small_parts(rows, N, K, sms)))
     if (
         gluon is not None and capability[0] == 9 and 64 < rows <= max(1536, N // 4) and N % 8 == 0
