@@ -461,7 +461,7 @@ def _gated_mlp_tma(x, gate_weight, up_weight, made, activation):
         # What takes least, in times of a tile of 128 x 128: all columns by such tiles, by halves of them, by small
         # ones, or cuBLAS for those past the last full wave or, where its tiles fit M better, for all. us (H200):
         # M = 768 at 4096 x 14336 231 (without cuBLAS 265), M = 160 78 (96); by halves M = 384 at 2048 x 8192 40 (48);
-        # by small tiles M = 128 at 1024 x 3072 8.3 (10.0)
+        # by small tiles M = 128 at 1024 x 3072 8.3 (10.0). The constants fit 168 products of 65 to 1024 rows
         waves, rows = tiles_m * triton.cdiv(I, 128) / processors, M / (128 * tiles_m)
         costs = [(math.ceil(waves), I, 128), (0.54 * math.ceil(2 * waves), I, 64)] + [(0.36, I, 0)] * (waves <= 0.25)
         fits = 128 < M <= 384 and rows < 0.8
