@@ -346,7 +346,7 @@ def _sum_rows(parts, dtype):
     """One small launch: PyTorch's sum and cast take 5.5 us for 132x4096 on an H200, this 3.6."""
     rows, N = parts.shape
     out = parts.new_empty(N, dtype=dtype)
-    BLOCK_M = 64 if N <= 8192 else 16  # of wide rows there are few
+    BLOCK_M = 64 if N <= 8192 else 16  # wide parts are few
     _enqueue(_sum_kernel, -(-N * BLOCK_M // 2048), (parts, out), (rows, N, BLOCK_M, 2048 // BLOCK_M), num_warps=8)
     return out
 
@@ -431,7 +431,7 @@ class _NormRoPE(torch.autograd.Function):
         dq, dk, dv = ([g.contiguous() for g in grads] + [None, None])[:3]
         (B, S, _), N, HALF = x.shape, q_weight.shape[0], 1 << (D // 2 - 1).bit_length()
         dx, whole = x.new_empty(x.shape) if need_x else None, Hk == 0 and N == Hq * D
-        BLOCK_T, BLOCK_H, num_warps, programs = _backward_tile(Hq, Hk, HALF, whole)
+        BLOCK_T, BLOCK_H, num_warps, per_processor = _backward_tile(Hq, Hk, HALF, whole)
         processors, room = 4, 0
         if x.is_cuda:
             properties = torch.cuda.get_device_properties(x.device)
@@ -439,7 +439,7 @@ class _NormRoPE(torch.autograd.Function):
         stages = min(3, max((room - 16384) // (4 * BLOCK_T * BLOCK_H * HALF * x.element_size()), 0) + 1)
         # q, k and v get programs by their heads, together no more than run at once: 163 us at 16384 tokens of 32 and 8
         # heads; when those that copy dv had to wait for the others 219
-        programs, parts = programs * processors, (Hq, Hk, Hk if need_x else 0)
+        programs, parts = per_processor * processors, (Hq, Hk, Hk if need_x else 0)
         programs_q, programs_k, programs_v = (
             min(-(-B * S // BLOCK_T) * (1 if whole else -(-H // BLOCK_H)), max(programs * H // sum(parts), min(H, 1)))
             for H in parts
@@ -511,7 +511,7 @@ def fused_rmsnorm_rope(
             width: half-wide ones need it there
         offset: added to the weight in float32; Gemma's is 1
         interleaved: pairs (2i, 2i + 1) instead of (i, i + D/2)
-        position_ids: (S,) or (B, S), integers: the rows of two-dimensional tables to use, NaN outside them
+        position_ids: (S,) or (B, S), int32 or int64: the rows of two-dimensional tables to use, NaN outside them
 
     Raises: ValueError for shapes and devices that do not fit; TypeError for dtypes.
     """
@@ -522,7 +522,7 @@ def fused_rmsnorm_rope(
         raise ValueError(f"weight must be (H * D,) or (D,), got shape {tuple(weight.shape)}")
     num_heads = num_heads if num_heads is None else _count(num_heads, "num_heads")
     width, D = x.shape[-1], _head_dim(x, weight, cos, num_heads)
-    if D < 2 or D % 2 or width % D or (num_heads is not None and num_heads * D != width):
+    if D < 2 or D % 2 or (num_heads or width // D) * D != width:
         if num_heads is not None:
             raise ValueError(f"num_heads must divide x's width {width} into even head_dims, got {num_heads}")
         name, shape = ("cos", cos.shape) if weight.shape[0] == width else ("weight", weight.shape)
@@ -576,6 +576,9 @@ class _Norm(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 1 - self.offset)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, offset={self.offset}"
 
 
 class FusedRMSNormRoPE(_Norm):

@@ -329,7 +329,7 @@ def _backward_tile(N, small, residual):
         return 1, 16384, 1, 16
     if 16384 < N <= 32768 and small and not residual and not _OLD_TRITON:  # Triton 3.4 spills 700 bytes
         return 1, 8192, _block(N) // 8192, 16
-    BLOCK_N = min(_block(N), 8192 if N <= 8192 else 4096)
+    BLOCK_N = _block(N) if N <= 8192 else 4096
     return 8192 // BLOCK_N, BLOCK_N, 1, 8
 
 
@@ -388,11 +388,13 @@ class _RMSNorm(torch.autograd.Function):
 def _dispatch(x, residual, weight, eps, offset, casting, keep_h):
     """Both functions, residual None for rmsnorm: (y, h or None)."""
     for name, t in (("x", x), ("residual", residual), ("weight", weight)):
-        if not isinstance(t, Tensor) and (t is not None or name == "x"):
+        if t is None and name != "x":
+            continue
+        if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t is not None and t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t is not None and t.device != x.device:
+        if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
     if x.dim() == 0:
         raise ValueError("x must have shape (..., N), got ()")
@@ -475,7 +477,9 @@ class TritonRMSNorm(nn.RMSNorm):
         self, hidden_size: int | tuple[int], eps: float | None = 1e-6, elementwise_affine: bool = True, *,
         offset: float = 0.0, casting: str = "torch", device=None, dtype=None
     ):  # fmt: skip
-        sizes = (hidden_size,) if isinstance(hidden_size, numbers.Integral) else tuple(hidden_size)
+        sizes = hidden_size if isinstance(hidden_size, list | tuple) else (hidden_size,)
+        if not all(isinstance(n, numbers.Integral) for n in sizes):
+            raise TypeError(f"hidden_size must be an int or hold one, got {hidden_size!r}")
         if len(sizes) != 1 or sizes[0] < 0:
             raise ValueError(f"hidden_size must be an int or hold one, and not be negative, got {hidden_size}")
         if casting not in ("torch", "llama"):

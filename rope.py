@@ -7,8 +7,8 @@ interleaved=True, (2 * i, 2 * i + 1) (RoFormer, GPT-J, Meta's Llama). With R < D
 
 Cost. Memory-bound: q and k are read once and written once, 2 * B * S * (Hq + Hk) * D * itemsize bytes, in one launch;
 all heads share the tables' rows. The backward pass is the forward with the sine negated.
-Layout. Any strides are read in place. Results are dense: (B, S, H, D), or, where q's heads lie outside its tokens, the
-transpose of a contiguous (B, H, S, D).
+Layout. Any strides are read in place, but for columns that are not adjacent: those are copied. Results are dense:
+(B, S, H, D), or, where q's heads lie outside its tokens, the transpose of a contiguous (B, H, S, D).
 Numerics. float32 inside, one rounding, at the end.
 Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864
 """
@@ -66,8 +66,9 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
         raise ValueError(f"base must be positive, got {base}")
     if kind == "yarn" and not base > 1:
         raise ValueError(f"base must be greater than 1 for yarn, got {base}")
-    if kind == "dynamic" and seq_len > trained:
-        base = base * (factor * seq_len / trained - (factor - 1)) ** (dim / (dim - 2))
+    if kind == "dynamic":
+        longest = torch.sym_max(seq_len, trained)  # not a branch: torch.export takes lengths on both sides of it
+        base = base * (factor * longest / trained - (factor - 1)) ** (dim / (dim - 2))
     inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     keep, attention_factor = 1.0, 1.0  # how much of each frequency is kept; the rest is divided by the factor
     if kind == "linear":
@@ -526,10 +527,12 @@ def apply_rotary_pos_emb(
         raise ValueError(f"q must be {form}, got shape {tuple(q.shape)}")
     if k is not None and (k.dim() != 4 or any(k.shape[d] != q.shape[d] for d in (0, 3 - unsqueeze_dim, 3))):
         raise ValueError(f"k must have q's shape {tuple(q.shape)} but for the heads, got {tuple(k.shape)}")
-    R = cos.shape[-1] if cos.dim() else None
+    S = q.shape[3 - unsqueeze_dim]
+    if cos.dim() != 3 or cos.shape[1] != S:
+        raise ValueError(f"cos must be (B, S, R) or (1, S, R) with S = {S}, got shape {tuple(cos.shape)}")
     if unsqueeze_dim == 2:
-        return apply_rope(q, k, cos, sin, rotary_dim=R)
-    q, k = apply_rope(q.transpose(1, 2), None if k is None else k.transpose(1, 2), cos, sin, rotary_dim=R)
+        return apply_rope(q, k, cos, sin, rotary_dim=cos.shape[-1])
+    q, k = apply_rope(q.transpose(1, 2), None if k is None else k.transpose(1, 2), cos, sin, rotary_dim=cos.shape[-1])
     return q.transpose(1, 2), None if k is None else k.transpose(1, 2)
 
 
@@ -676,8 +679,9 @@ class RoPEAttention(nn.Module):
         if mask is not None:
             if is_causal:
                 raise ValueError("is_causal must be False where a mask is given")
-            autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and mask.is_floating_point()
-            if not autocast and mask.dtype not in (torch.bool, torch.float32, x.dtype):
+            autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # casts any but float64
+            sixteen = (torch.float16, torch.bfloat16) if autocast else ()
+            if mask.dtype not in (torch.bool, torch.float32, x.dtype, *sixteen):
                 raise TypeError(f"mask must be bool, float32 or x's {x.dtype}, got {mask.dtype}")
             scores = x.shape[0], self.n_heads, x.shape[1], x.shape[1]
             if not 2 <= mask.dim() <= 4 or any(m != 1 and m != n for m, n in zip(mask.shape[::-1], scores[::-1])):

@@ -90,8 +90,9 @@ class Beside:
         options = session.config.getoption("--load-calls", None) is not None  # which are known in this process only
         here = (*STAYS, "test_fuzz", "test_trust_load") if options else STAYS
         names = [item.name for item in session.items if not item.originalname.endswith(here) and not item.name.startswith("test_ahead_of_time")]
-        shares = [names[i::count] for i in range(count)][not GPU :]  # without a GPU, whose large tests this process runs, it takes a share, too
-        pool = concurrent.futures.ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn"))
+        pieces = 4 * count if GPU else count  # on a GPU tests differ by more: the slowest process would end 40 s after the mean
+        shares = [names[i::pieces] for i in range(pieces)][not GPU :]  # without a GPU, whose large tests this process runs, it takes a share, too
+        pool = concurrent.futures.ProcessPoolExecutor(count - (not GPU), multiprocessing.get_context("spawn"))
         for share in shares:
             self.shares |= dict.fromkeys(share, pool.submit(run_beside, set(share)))
         pool.shutdown(wait=False)  # a process without work ends
@@ -910,6 +911,8 @@ ERRORS += [
     ("gated-mlp-module-negative", lambda: swiglu.FusedGatedMLP(-8, 1), ValueError, r"hidden_dim and intermediate_dim must not be negative, got \(-8, 1\)"),
     ("int8-module-negative", lambda: int8_gemm.Int8Linear(-4, 3), ValueError, "in_features and out_features must not be negative, got -4 and 3"),
     ("fp8-module-negative", lambda: fp8_gemm.FP8Linear(4, -3), ValueError, "in_features and out_features must not be negative, got 4 and -3"),
+    ("rmsnorm-module-float", lambda: rmsnorm.TritonRMSNorm(8.0), TypeError, "hidden_size must be .*got 8.0"),
+    ("rmsnorm-module-str", lambda: rmsnorm.TritonRMSNorm("8"), TypeError, "hidden_size must be .*got '8'"),
     ("rmsnorm-module-size", lambda: rmsnorm.TritonRMSNorm((4, 8)), ValueError, r"hidden_size must be .*\(4, 8\)"),
     ("rmsnorm-module-casting", lambda: rmsnorm.TritonRMSNorm(8, casting="x"), ValueError, "casting must be .*'x'"),
     ("rmsnorm-module-width", lambda: rmsnorm.TritonRMSNorm(8, elementwise_affine=False)(randn(4, 9)), ValueError, r"x must have shape \(\.\.\., 8\), got \(4, 9\)"),
@@ -1583,6 +1586,8 @@ def test_rope_attention_takes_a_mask_in_autocasts_dtype():
     with torch.autocast(DEVICE, torch.bfloat16):
         y = layer(x, torch.zeros(5, 5, dtype=torch.bfloat16, device=DEVICE))
         torch.testing.assert_close(y, layer(x), atol=2e-2, rtol=2e-2)
+        with pytest.raises(TypeError, match="mask must be .*float64"):  # which autocast leaves as it is
+            layer(x, torch.zeros(5, 5, dtype=torch.float64, device=DEVICE))
     with pytest.raises(TypeError, match="mask must be"):
         layer(x, torch.zeros(5, 5, dtype=torch.bfloat16, device=DEVICE))
 
@@ -1805,6 +1810,8 @@ ERRORS += [
     ("rope-hf-q", lambda: rope.apply_rotary_pos_emb(randn(4, 3, 8), *_hf_qk(2, 2, 3, 8)[1:]), ValueError, r"q must be \(B, H, S, D\), got shape \(4, 3, 8\)"),
     ("rope-hf-k", lambda: rope.apply_rotary_pos_emb(*_hf_qk(2, 2, 2, 8)), ValueError, r"k must have q's shape \(2, 4, 3, 8\) .* got \(2, 2, 2, 8\)"),
     ("rope-hf-cos", lambda: rope.apply_rotary_pos_emb(*_hf_qk(2, 2, 3, 8)[:2], randn(1)[0], randn(1)[0]), ValueError, r"cos must be .* got shape \(\)"),
+    ("rope-hf-longer", lambda: rope.apply_rotary_pos_emb(*_hf_qk(2, 2, 3, 8)[:2], randn(1, 4, 8), randn(1, 4, 8)), ValueError, r"cos must be \(B, S, R\) .* S = 3, got shape \(1, 4, 8\)"),
+    ("rope-hf-rows", lambda: rope.apply_rotary_pos_emb(*_hf_qk(2, 2, 3, 8)[:2], randn(3, 8), randn(3, 8)), ValueError, r"cos must be .* got shape \(3, 8\)"),
 ]  # fmt: skip
 ERRORS += [
     ("rope-q-dims", _rope_bad({"q": lambda: randn(5, 16)}), ValueError, r"q must be \(B, S, H, D\) or \(S, H, D\), got shape \(5, 16\)"),
@@ -2067,6 +2074,19 @@ def test_fused_qk_results_ask_for_what_trains_them():
                     fused_rmsnorm_rope.fused_rmsnorm_rope_torch(part, leaf, *tables, num_heads=H).square().sum().backward()
                     torch.testing.assert_close(weight.grad, leaf.grad, rtol=1e-4, atol=1e-4)
         assert all(t.requires_grad for t in fn(x.clone().requires_grad_(), frozen, frozen))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="guards a power of a symbol")
+@pytest.mark.parametrize("strict", [False, True])
+def test_rotary_embedding_of_dynamic_scaling_exports_any_length(strict):
+    """Shorter and longer than the trained one: the tables are those of the length itself, as transformers' are."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    module, lengths = rope.RotaryEmbedding(8, 16, scaling=scaling, device=DEVICE), torch.export.Dim("S", min=2, max=64)
+    program = torch.export.export(module, (randn(1, 5, 2, 8), None), dynamic_shapes=({1: lengths}, None), strict=strict).module()
+    for length in (3, 16, 17, 40):
+        q = randn(1, length, 2, 8)
+        tables = rope.build_rope_cache(length, 8, scaling={**scaling, "max_position_embeddings": 16}, device=DEVICE)
+        torch.testing.assert_close(program(q, None)[0], rope.apply_rope(q, None, *tables)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_fused_export_of_positions_takes_any_batch():
