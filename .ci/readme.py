@@ -43,7 +43,7 @@ def is_peer(name):
     return name.startswith(PEERS)
 
 
-def gains(result, ops, keep, against=lambda name: name != "ours" and not is_peer(name)):
+def gains(result, ops, keep, against=lambda name: not name.startswith("ours") and not is_peer(name)):
     """Over the cases that keep names: the fastest of the others over ours."""
     rows = [row for op in ops for row in result.get(op, []) if "ours" in row["us"] and keep(row)]
     pairs = [([us for name, us in row["us"].items() if against(name)], row["us"]["ours"]) for row in rows]
@@ -116,10 +116,10 @@ def cases(result):
             row = rows[label]
             times, ours = row["us"], row["us"]["ours"]
             fastest = lambda names: min((n for n in names if n in times), key=times.get, default=None)
-            own = fastest([n for n in times if not is_peer(n) and n != "ours" and not n.startswith("torch.compile")])
+            own = fastest([n for n in times if not is_peer(n) and not n.startswith(("ours", "torch.compile"))])
             compiled = fastest([n for n in times if n.startswith("torch.compile")])
             peer = fastest([n for n in times if is_peer(n)])
-            best = fastest([n for n in times if n != "ours"])
+            best = fastest([n for n in times if not n.startswith("ours")])
             plain = own in (None, "eager")
             cells = [op, label, us(times.get(own)) + ("" if plain else f" ({own})"), us(times.get(compiled))]
             cells += ["-" if peer is None else f"{us(times[peer])} ({peer})", us(ours)]
@@ -135,7 +135,7 @@ def behind():
                 continue
             found = []
             for row in rows:
-                others = {n: t for n, t in row["us"].items() if n != "ours"}
+                others = {n: t for n, t in row["us"].items() if not n.startswith("ours")}
                 if others and "ours" in row["us"]:
                     best = min(others, key=others.get)
                     found.append((others[best] / row["us"]["ours"], row["label"], best))
