@@ -67,7 +67,8 @@ def _frequencies(seq_len, head_dim, base, scaling, device):
     if kind == "yarn" and not base > 1:
         raise ValueError(f"base must be greater than 1 for yarn, got {base}")
     if kind == "dynamic":
-        longest = torch.sym_max(seq_len, trained)  # not a branch: torch.export takes lengths on both sides of it
+        # no branch: torch.export then takes lengths on both sides
+        longest = (max if isinstance(seq_len, int) else torch.sym_max)(seq_len, trained)
         base = base * (factor * longest / trained - (factor - 1)) ** (dim / (dim - 2))
     inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     keep, attention_factor = 1.0, 1.0  # how much of each frequency is kept; the rest is divided by the factor
