@@ -171,9 +171,9 @@ def results():
     lines = [
         "Kernel time in microseconds from the profiler, the median of calls that take turns, the L2 cache flushed before each; \"of the floor\"",
         "is the fewest bytes or operations over the rates measured in the same run (above 1 where more is read than written: the copy that sets",
-        "the rate does as much of each; - where the launch sets the time), \"x best\" the fastest other provider over ours. All cases and",
-        "providers: [forward](results/h200_forward.txt), [backward](results/h200_backward.txt), and the same as JSON, from",
-        "which `.ci/readme.py` fills these figures in and draws the pictures.",
+        "the rate does as much of each; - where the launch sets the time), \"x best\" the fastest other provider over ours. (liger's RoPE",
+        "overwrites q and k; ours in place is a column of the full table.) All cases and providers: [forward](results/h200_forward.txt),",
+        "[backward](results/h200_backward.txt), and the same as JSON, from which `.ci/readme.py` fills these figures in and draws the pictures.",
         "", f"**Forward.** {machine(FORWARD)} Measured there: {rates}.", "", *cases(FORWARD),
         "", f"**Backward.** {machine(BACKWARD)}", "", *cases(BACKWARD),
         "", "**The host's time** of one eager call at one token: at this size it is the whole cost, unless a CUDA graph or",
